@@ -1,0 +1,219 @@
+"""What a control is, and the registry that finds one by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import pkgutil
+import types
+import typing
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+from .errors import OptionError, nearest
+from .records import AttentionCall, ForwardCall, StepCall
+from .schedule import Schedule
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .hosts.run import Run
+    from .selectors import Selection
+    from .sites import Sites
+
+__all__ = ["Control", "control", "controls", "register"]
+
+C = TypeVar("C", bound="type[Control]")
+_REGISTRY: dict[str, type[Control]] = {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Control:
+    """Base of every control: a frozen dataclass of options with the planes it needs.
+
+    A subclass overrides `attend` (around one attention primitive), `denoise` (around one
+    forward of the denoiser) and `between` (latents between steps), any subset of them. It
+    holds no run state: `begin` returns a fresh state object for each run, which comes back
+    as `call.state`. The same control object can be in several patches.
+    """
+
+    name: ClassVar[str] = ""
+    """Registry name."""
+    kinds: ClassVar[tuple[str, ...]] = ("self", "joint")
+    """Kinds of sites that the control admits."""
+    replaces_softmax: ClassVar[bool] = False
+    """True if `attend` computes the attention itself and never proceeds further in."""
+    adds_rows: ClassVar[bool] = False
+    """True if `denoise` runs extra rows or passes."""
+
+    @property
+    def selector(self) -> Any:
+        """Sites and heads, in the selector grammar."""
+        return "all"
+
+    @property
+    def schedule(self) -> Schedule:
+        """Steps at which the control acts."""
+        return Schedule()
+
+    @property
+    def neutral(self) -> bool:
+        """True if these options change nothing, so that the stock path can be taken."""
+        return False
+
+    def begin(self, run: Run, selection: Selection) -> Any:
+        """Return a new state for one run (any object, None if none is needed)."""
+        return None
+
+    def attend(self, call: AttentionCall) -> Tensor:
+        """Attention plane: return the output [B, H, Nq, Dv] of one attention primitive."""
+        return call.proceed()
+
+    def denoise(self, call: ForwardCall) -> Tensor:
+        """Denoiser plane: return the sample of one forward for the rows of the call."""
+        return call.proceed()
+
+    def between(self, call: StepCall) -> Tensor:
+        """Step plane: return the latents that go into `call.step`."""
+        return call.latents
+
+    def resolve(self, sites: Sites) -> Control:
+        """Return this control with options that depend on the model filled in."""
+        return self
+
+    @classmethod
+    def for_model(cls, target: Any, preset: str | None = None, **options: Any) -> Control:
+        """Return the control with the preset that fits a pipeline or denoiser.
+
+        Args:
+            target: pipeline or denoiser.
+            preset: name of a preset, None for the one that matches the model.
+            **options: override the preset's.
+
+        Raises:
+            OptionError: if no preset fits; the message lists what exists.
+        """
+        from .presets import find
+
+        return cls(**{**find(cls.name, target, preset).options, **options})
+
+    @classmethod
+    def plane(cls, method: str) -> bool:
+        """Whether this class overrides `attend`, `denoise` or `between`."""
+        return getattr(cls, method) is not getattr(Control, method)
+
+    def __str__(self) -> str:
+        changed = [
+            f"{f.name}={getattr(self, f.name)}"
+            for f in dataclasses.fields(self)
+            if getattr(self, f.name) != _default(f)
+        ]
+        return f"{self.name}({', '.join(changed)})"
+
+
+def _default(f: dataclasses.Field[Any]) -> Any:
+    if f.default_factory is not dataclasses.MISSING:
+        return f.default_factory()
+    return f.default
+
+
+def register(cls: C) -> C:
+    """Class decorator: make a control known by its `name`.
+
+    Raises:
+        ValueError: if the name is missing or taken by another class.
+    """
+    known = _REGISTRY.get(cls.name)
+    if not cls.name or (known is not None and known.__qualname__ != cls.__qualname__):
+        raise ValueError(f"control name {cls.name!r} is empty or taken by {known}")
+    _REGISTRY[cls.name] = cls
+    return cls
+
+
+def controls() -> dict[str, type[Control]]:
+    """Return every control class by name, in alphabetical order."""
+    from . import processors
+
+    for info in pkgutil.walk_packages(processors.__path__, processors.__name__ + "."):
+        importlib.import_module(info.name)
+    return dict(sorted(_REGISTRY.items()))
+
+
+def control(name: str, /, **options: Any) -> Control:
+    """Make a control by name.
+
+    Args:
+        name: one of `controls()`.
+        **options: its options; strings are converted to the option's type, so that command
+            lines and files can use the same function.
+
+    Raises:
+        OptionError: on an unknown name or option, or a value outside its range.
+    """
+    known = controls()
+    if name not in known:
+        hint = nearest(name, known) or f" Known: {', '.join(known)}."
+        raise OptionError(f"there is no control {name!r}.{hint}")
+    cls = known[name]
+    fields = {f.name for f in dataclasses.fields(cls)}
+    for key in options:
+        if key not in fields:
+            raise OptionError(
+                f"control {name!r} has no option {key!r}.{nearest(key, fields)} "
+                f"Its options: {', '.join(sorted(fields))}"
+            )
+    return cls(**{k: convert(cls, k, v) for k, v in options.items()})
+
+
+def convert(cls: type[Control], key: str, value: Any) -> Any:
+    """Return an option's value, converted from a string to the type of its field.
+
+    Raises:
+        OptionError: if the string does not fit the type.
+    """
+    if not isinstance(value, str):
+        return value
+    hint = typing.get_type_hints(cls)[key]
+    for kind in _alternatives(hint):
+        try:
+            return _read(kind, value)
+        except ValueError:
+            continue
+    raise OptionError(f"{cls.name}: option {key}={value!r} is not {_describe(hint)}")
+
+
+def _alternatives(hint: Any) -> tuple[Any, ...]:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return typing.get_args(hint)
+    return (hint,)
+
+
+def _read(kind: Any, text: str) -> Any:
+    if kind is bool:
+        if text.lower() not in ("true", "false", "1", "0", "yes", "no", "on", "off"):
+            raise ValueError(text)
+        return text.lower() in ("true", "1", "yes", "on")
+    if kind in (int, float):
+        return kind(text)
+    if kind is type(None):
+        if text.lower() != "none":
+            raise ValueError(text)
+        return None
+    if typing.get_origin(kind) is typing.Literal:
+        if text not in typing.get_args(kind):
+            raise ValueError(text)
+        return text
+    if typing.get_origin(kind) is tuple:
+        return tuple(float(part) for part in text.split("-"))
+    if kind in (str, Any):
+        return text
+    raise ValueError(text)
+
+
+def _describe(hint: Any) -> str:
+    names = []
+    for kind in _alternatives(hint):
+        if typing.get_origin(kind) is typing.Literal:
+            names.append("one of " + ", ".join(map(str, typing.get_args(kind))))
+        else:
+            names.append(getattr(kind, "__name__", str(kind)))
+    return " or ".join(names)

@@ -1,0 +1,346 @@
+"""The denoiser plane: one binding per patched denoiser, one `Forward` per call of it."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ControlConflict, HostError
+from ..records import AttentionCall, ForwardCall, Rows, Spans, Step
+from ..sites import Sites
+from ..stack import Entry, check_conflicts
+from . import tap
+from .adopt import Uncopied, adopt, original_class, release
+from .batch import extend_inputs, take_inputs
+from .families import Geometry, family_of, spans
+from .run import LOCAL, Run
+
+__all__ = ["Binding", "Forward", "binding_of"]
+
+SLOT = "_attnctl"
+"""Where a patched object keeps its binding; copies and pickles hold None there."""
+
+
+def binding_of(module: nn.Module) -> Binding | None:
+    """Return the binding of a denoiser (compiled or not), None if it has none."""
+    return getattr(module, "_orig_mod", module).__dict__.get(SLOT)
+
+
+class Binding(Uncopied):
+    """Everything attnctl holds on one denoiser: its class, its hooks and the stack.
+
+    Args:
+        module: the denoiser.
+        sites: its attention sites.
+        modules: the attention modules by site index.
+    """
+
+    def __init__(self, module: nn.Module, sites: Sites, modules: list[nn.Module]) -> None:
+        self.module = module
+        self.sites = sites
+        self.modules = modules
+        self.family = family_of(original_class(module))
+        self.signature = inspect.signature(original_class(module).forward)
+        self.entries: list[Entry] = []
+        self.hooked: dict[int, tap.SiteRef] = {}
+        self.spaces: dict[int, dict[str, Any]] = {}
+        self.bare = Run()
+        self.compiled: list[nn.Module] = []
+
+    # -- attach and detach ---------------------------------------------------------------
+
+    @classmethod
+    def attach(cls, module: nn.Module, sites: Sites, modules: list[nn.Module]) -> Binding:
+        """Return the binding of a denoiser, made if there is none."""
+        binding = binding_of(module)
+        if binding is None:
+            binding = module.__dict__[SLOT] = cls(module, sites, modules)
+            adopt(module, DenoiserCalls)
+        return binding
+
+    def add(self, entries: list[Entry]) -> None:
+        """Install entries below those already there.
+
+        Raises:
+            ControlConflict: if the stack cannot work; nothing is changed then.
+            HostError: if a selected site cannot be controlled; nothing is changed then.
+        """
+        check_conflicts([*self.entries, *entries])
+        for entry in entries:
+            self._check_processors(entry)
+        self._check_cache(entries)
+        self.entries += entries
+        self._rehook()
+
+    def remove(self, entries: list[Entry]) -> None:
+        """Take entries out; the last one restores the denoiser exactly."""
+        self.entries = [e for e in self.entries if e not in entries]
+        self._rehook()
+        if not self.entries:
+            for module in (self.module, *self.compiled):
+                release(module)
+            self.compiled.clear()
+            self.module.__dict__.pop(SLOT, None)
+
+    def adopt_compiled(self, module: nn.Module) -> None:
+        """Wrap the calls of a `torch.compile`d form of the denoiser too."""
+        if module is not self.module and module not in self.compiled:
+            adopt(module, DenoiserCalls)
+            self.compiled.append(module)
+
+    def _rehook(self) -> None:
+        acting = [e for e in self.entries if e.attends and not e.control.neutral]
+        wanted = {index for entry in acting for index in entry.selection}
+        for index in set(self.hooked) - wanted:
+            tap.unhook(self.modules[index])
+            del self.hooked[index]
+        for index in wanted - set(self.hooked):
+            self.hooked[index] = tap.SiteRef(self, index)
+            tap.hook(self.modules[index], self.hooked[index])
+        self.refresh()
+        tap.bump_epoch()
+
+    def refresh(self) -> None:
+        """Follow processors that were replaced (IP-Adapter, fused projections)."""
+        wanted = {}
+        for index in self.hooked:
+            space = tap.name_space(self.modules[index].processor)
+            if space is None:
+                raise HostError(_bypasses(self.sites[index].name, self.modules[index].processor))
+            wanted[id(space)] = space
+        for key in set(self.spaces) - set(wanted):
+            tap.unpatch_names(self.spaces.pop(key))
+        for key in set(wanted) - set(self.spaces):
+            tap.patch_names(wanted[key])
+            self.spaces[key] = wanted[key]
+
+    def _check_processors(self, entry: Entry) -> None:
+        if not entry.attends:
+            return
+        for index in entry.selection:
+            processor = self.modules[index].processor
+            if tap.name_space(processor) is None:
+                raise HostError(_bypasses(self.sites[index].name, processor))
+
+    def _check_cache(self, entries: list[Entry]) -> None:
+        config = type(getattr(self.module, "_cache_config", None)).__name__
+        if config.startswith(("PyramidAttention", "FasterCache")):
+            for entry in entries:
+                if entry.control.adds_rows:
+                    raise ControlConflict(
+                        f"{entry.control} adds a pass, but {config} keeps one cached output per "
+                        "module and would mix the passes: call disable_cache() first"
+                    )
+
+    # -- calls ---------------------------------------------------------------------------
+
+    def current_run(self) -> tuple[Run, list[Entry]]:
+        """Return the run of this thread and the entries that take part in it.
+
+        Controls installed through a pipeline act only in that pipeline's runs, so that other
+        pipelines which share the denoiser are left alone.
+        """
+        run = LOCAL.run
+        if run is not None:
+            return run, [e for e in self.entries if e.owner in (None, id(run.pipe))]
+        return self.bare, [e for e in self.entries if e.owner is None]
+
+    def name_inputs(self, args: Any, kwargs: Any) -> dict[str, Any]:
+        """Return a denoiser call's arguments by name."""
+        bound = self.signature.bind(None, *args, **kwargs)
+        inputs = dict(list(bound.arguments.items())[1:])
+        inputs.update(inputs.pop("kwargs", {}) or {})
+        return inputs
+
+    def call(self, stock: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Run one denoiser call through the stack; `stock` is the unpatched call."""
+        run, entries = self.current_run()
+        if not entries:
+            return stock(*args, **kwargs)
+        inputs = self.name_inputs(args, kwargs)
+        sample = next(iter(inputs.values()))
+        if not isinstance(sample, Tensor):
+            raise HostError(
+                f"{original_class(self.module).__name__} takes a {type(sample).__name__} of "
+                "samples, which attnctl does not support yet; expected a batched tensor"
+            )
+        step = run.step(inputs.get("timestep"))
+        rows = run.rows(sample.shape[0])
+        run.calls_in_step += 1
+        active = [e for e in entries if e.active(step)]
+        if not active:
+            return stock(*args, **kwargs)
+        self.refresh()
+        return Forward(self, run, step, active, stock).call(inputs, rows)
+
+
+def _bypasses(site: str, processor: Any) -> str:
+    name = type(processor).__name__
+    advice = {
+        "SlicedAttnProcessor": "call pipe.disable_attention_slicing() first",
+        "XFormersAttnProcessor": "call disable_xformers_memory_efficient_attention() first",
+        "AttnProcessor": "call set_attn_processor(AttnProcessor2_0()) first",
+    }.get(name, "choose other sites or another processor")
+    return f"{site} uses {name}, which computes attention by itself, past any control: {advice}"
+
+
+class DenoiserCalls:
+    """Mixin put in front of a denoiser's class while it is patched."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        stock = super().__call__  # type: ignore[misc]
+        if torch.compiler.is_compiling() or LOCAL.forward is not None:
+            return stock(*args, **kwargs)
+        binding = binding_of(self)  # type: ignore[arg-type]
+        if LOCAL.capture is not None and binding is not None:
+            raise LOCAL.capture(binding.name_inputs(args, kwargs))
+        return stock(*args, **kwargs) if binding is None else binding.call(stock, args, kwargs)
+
+    @contextlib.contextmanager
+    def cache_context(self, name: str, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Note which branch (cond, uncond) the pipeline says it runs."""
+        run = LOCAL.run
+        if run is not None:
+            run.branch = name
+        try:
+            with super().cache_context(name, *args, **kwargs):  # type: ignore[misc]
+                yield
+        finally:
+            if run is not None:
+                run.branch = None
+
+
+@dataclass(eq=False)
+class Forward:
+    """One denoiser call that some controls take part in.
+
+    Args:
+        binding: the denoiser's binding.
+        run: the run it belongs to.
+        step: where that run stands.
+        active: entries that act at this step, outermost first.
+        stock: the unpatched call.
+    """
+
+    binding: Binding
+    run: Run
+    step: Step
+    active: list[Entry]
+    stock: Callable[..., Any]
+    rows: Rows = field(default_factory=lambda: Rows(("cond",), 1))
+    inputs: dict[str, Any] = field(default_factory=dict)
+    wrap: Callable[[Tensor], Any] | None = None
+
+    def call(self, inputs: dict[str, Any], rows: Rows) -> Any:
+        """Run the denoiser plane and return what the denoiser returns."""
+        inputs = self._between(inputs, rows)
+        for entry in self.active:
+            entry.steps.add(self.step.index)
+        call = ForwardCall(
+            inputs=inputs,
+            rows=rows,
+            step=self.step,
+            run=self.run,
+            base=self._model,
+            extend_inputs=self._extend,
+            take_inputs=self._take,
+            denoiser=self.binding.sites[0].denoiser,
+            cached=bool(getattr(self.binding.module, "is_cache_enabled", False)),
+            rest=tuple(e for e in self.active if e.denoises),
+        )
+        sample = call.proceed()
+        assert self.wrap is not None  # some control ran the model
+        return self.wrap(sample)
+
+    def _extend(self, inputs: dict[str, Any], rows: Rows, at: slice) -> dict[str, Any]:
+        return extend_inputs(inputs, len(rows), at, self.binding.family.unbatched)
+
+    def _take(self, inputs: dict[str, Any], rows: Rows, at: slice) -> dict[str, Any]:
+        return take_inputs(inputs, len(rows), at, self.binding.family.unbatched)
+
+    def _model(self, call: ForwardCall) -> Tensor:
+        """Run the model itself, with the attention plane switched on."""
+        self.rows, self.inputs = call.rows, call.inputs
+        before = LOCAL.forward
+        LOCAL.forward = self
+        try:
+            with self._own_cache(call):
+                out = self.stock(**call.inputs)
+        finally:
+            LOCAL.forward, LOCAL.ref, LOCAL.site = before, None, None
+        sample, self.wrap = _open(out)
+        return sample
+
+    @contextlib.contextmanager
+    def _own_cache(self, call: ForwardCall) -> Iterator[None]:
+        """Give a pass of extra rows its own cache state, where a diffusers cache is on."""
+        branch = self.run.branch
+        if not call.cached or {"cond", "uncond"} & set(call.rows.groups):
+            yield
+            return
+        with self.binding.module.cache_context(call.rows.groups[0]):  # type: ignore[operator]
+            yield
+        if branch is not None:  # contexts of diffusers do not nest: enter the outer one again
+            self.binding.module.cache_context(branch).__enter__()  # type: ignore[operator]
+
+    # -- attention plane -----------------------------------------------------------------
+
+    def attend(self, site: int, index: int, *call: Any) -> Tensor:
+        """Run the attention plane of one primitive call; see `tap._attend`."""
+        q, k, v, mask, scale, is_causal, gqa, base = call
+        rest = tuple(e for e in self.active if e.attends and site in e.selection)
+        return AttentionCall(
+            q, k, v, mask, scale, is_causal, gqa,
+            site=self.binding.sites[site],
+            rows=self.rows,
+            step=self.step,
+            index=index,
+            spans_of=self._spans,
+            base=base,
+            rest=rest,
+            run=self.run,
+        ).proceed()  # fmt: skip
+
+    def _spans(self, call: AttentionCall) -> Spans:
+        module = self.binding.modules[call.site.index]
+        # Wan I2V attends to its image first; IP-Adapter comes after the text
+        image_first = getattr(module, "add_k_proj", None) is not None
+        role = "ip" if call.index == (0 if image_first else 1) else "text"
+        return spans(
+            self.binding.family, call.site, self.geometry, call.q.shape[2], call.k.shape[2], role
+        )
+
+    @property
+    def geometry(self) -> Geometry:
+        """Token grid of the forward, read once per shape and run."""
+        shapes = (tuple(v.shape) for v in self.inputs.values() if isinstance(v, Tensor))
+        key = (id(self.binding), *shapes)
+        if key not in self.run.cache:
+            self.run.cache[key] = self.binding.family.grid(self.binding.module.config, self.inputs)
+        return self.run.cache[key]
+
+    # -- step plane ----------------------------------------------------------------------
+
+    def _between(self, inputs: dict[str, Any], rows: Rows) -> dict[str, Any]:
+        """Let the step plane change the latents before the first denoiser call of a run."""
+        if self.run.pipe is None:
+            return inputs
+        from .pipeline import before_first_step
+
+        return before_first_step(self, inputs, rows)
+
+
+def _open(out: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
+    """Return the sample of a denoiser's output and a function that puts another one in."""
+    if isinstance(out, Tensor):
+        return out, lambda sample: sample
+    if isinstance(out, tuple):
+        return out[0], lambda sample: (sample, *out[1:])
+    name = next(iter(out.keys()))
+    return out[name], lambda sample: type(out)(**{**out, name: sample})

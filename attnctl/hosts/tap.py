@@ -1,0 +1,354 @@
+"""The one interception point: module hooks say where, two patched names say what.
+
+Every diffusers attention processor ends in `dispatch_attention_fn` ([B, N, H, D]) or in
+`F.scaled_dot_product_attention` ([B, H, N, D]). Both names are looked up in the processor's
+module when the processor runs, so replacing them there (while any patch is alive) reaches
+every model without touching a processor: LoRA, IP-Adapter, fused projections, attention
+backends and offloading go on working. Hooks on the controlled attention modules note which
+site is running; a call without a noted site goes straight to the original.
+
+Under torch.compile the stack runs inside one opaque operator, so that a change of step, role
+or option never recompiles.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import sys
+import threading
+import types
+import warnings
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor
+
+from ..errors import AttnctlWarning, HostError
+from .adopt import Uncopied
+from .run import LOCAL
+
+if TYPE_CHECKING:
+    from .denoiser import Binding
+
+__all__ = ["SiteRef", "hook", "name_space", "patch_names", "unhook", "unpatch_names"]
+
+KEY = "attnctl"
+EPOCH = 0
+"""Read by the patched names and raised with every change of hooks, so that compiled code
+notices: torch.compile does not guard on hooks once the names are patched."""
+
+_LOCK = threading.RLock()
+_USES: Counter[int] = Counter()
+_SPACES: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}
+_REFS: weakref.WeakValueDictionary[int, SiteRef] = weakref.WeakValueDictionary()
+_SERIAL = itertools.count(1)
+
+
+class SiteRef(Uncopied):
+    """Says which site of which binding a module is."""
+
+    def __init__(self, binding: Binding, index: int) -> None:
+        self.binding = weakref.ref(binding)
+        self.index = index
+        self.serial = next(_SERIAL)
+        _REFS[self.serial] = self
+
+
+# -- where: hooks ------------------------------------------------------------------------
+
+
+def _enter(module: torch.nn.Module, args: Any) -> None:
+    if torch.compiler.is_compiling():
+        LOCAL.site = module._attnctl_site  # type: ignore[assignment]
+    else:
+        LOCAL.ref = module._attnctl_ref
+        LOCAL.index = 0
+
+
+def _leave(module: torch.nn.Module, args: Any, output: Any) -> None:
+    if torch.compiler.is_compiling():
+        LOCAL.site = None
+    else:
+        LOCAL.ref = None
+
+
+def hook(module: torch.nn.Module, ref: SiteRef) -> None:
+    """Let a module announce itself as a site.
+
+    One fixed key and module-level functions: with them regional compilation keeps its number
+    of graphs. The site number travels as a CPU tensor that is no buffer, so it stays on the
+    CPU and out of the state dict.
+    """
+    module.__dict__["_attnctl_ref"] = ref
+    module.__dict__["_attnctl_site"] = torch.tensor(ref.serial)
+    module._forward_pre_hooks[KEY] = _enter  # type: ignore[index]
+    module._forward_hooks[KEY] = _leave  # type: ignore[index]
+    module._forward_hooks_always_called[KEY] = True  # type: ignore[index]
+
+
+def unhook(module: torch.nn.Module) -> None:
+    """Take back what `hook` did; nothing is left on the module."""
+    for name in ("_attnctl_ref", "_attnctl_site"):
+        module.__dict__.pop(name, None)
+    for hooks in (
+        module._forward_pre_hooks,
+        module._forward_hooks,
+        module._forward_hooks_always_called,
+    ):
+        hooks.pop(KEY, None)  # type: ignore[call-overload]
+
+
+def bump_epoch() -> None:
+    """Make compiled code look at the hooks again."""
+    global EPOCH
+    EPOCH += 1
+
+
+# -- what: the two names -----------------------------------------------------------------
+
+
+def name_space(processor: Any) -> dict[str, Any] | None:
+    """Return the globals in which a processor looks up its attention function.
+
+    None if it uses neither name, so that it cannot be controlled.
+    """
+    return _name_space(type(processor))
+
+
+@functools.cache
+def _name_space(cls: type) -> dict[str, Any] | None:
+    method: Any = cls.__call__
+    if method is torch.nn.Module.__call__:
+        method = cls.forward  # type: ignore[attr-defined]
+    method = getattr(method, "__wrapped__", method)
+    space = getattr(method, "__globals__", None)
+    names = _names_used(method)
+    return space if space is not None and names & {"dispatch_attention_fn", "F"} else None
+
+
+def _names_used(method: Any) -> set[str]:
+    """Return the global names that a method and the functions it calls in its module use."""
+    space, seen, queue = method.__globals__, set(), [method]
+    names: set[str] = set()
+    while queue:
+        code = queue.pop().__code__
+        if code in seen:
+            continue
+        seen.add(code)
+        names.update(code.co_names)
+        queue += [
+            f
+            for n in code.co_names
+            if isinstance(f := space.get(n), types.FunctionType) and f.__globals__ is space
+        ]
+    if "F" in names and "scaled_dot_product_attention" not in names:
+        names.discard("F")
+    return names
+
+
+def patch_names(space: dict[str, Any]) -> None:
+    """Lead a module's two names to the tap; counted, so that several patches can share it."""
+    with _LOCK:
+        _USES[id(space)] += 1
+        if _USES[id(space)] > 1:
+            return
+        mine: dict[str, Any] = {}
+        if "dispatch_attention_fn" in space:
+            mine["dispatch_attention_fn"] = _tapped_dispatch(space["dispatch_attention_fn"])
+        if space.get("F") is functional:
+            mine["F"] = _shim()
+        _SPACES[id(space)] = ({name: space[name] for name in mine}, mine)
+        space.update(mine)
+
+
+def unpatch_names(space: dict[str, Any]) -> None:
+    """Undo one `patch_names`; the last one restores the originals."""
+    with _LOCK:
+        _USES[id(space)] -= 1
+        if _USES[id(space)]:
+            return
+        originals, mine = _SPACES.pop(id(space))
+        for name, original in originals.items():
+            if space.get(name) is mine[name]:
+                space[name] = original
+            else:
+                warnings.warn(
+                    f"{space.get('__name__')}.{name} was replaced after the patch; left as it is",
+                    AttnctlWarning,
+                    stacklevel=2,
+                )
+
+
+def _shim() -> types.ModuleType:
+    """Return a stand-in for torch.nn.functional whose attention goes through the tap.
+
+    A real module with its own name: torch.compile refuses a proxy that claims to be
+    torch.nn.functional itself.
+    """
+    name = f"{__package__}._functional"
+    if name not in sys.modules:
+        shim = types.ModuleType(name, "torch.nn.functional with attention through the tap.")
+        shim.__dict__.update({k: v for k, v in vars(functional).items() if k[:2] != "__"})
+        shim.__dict__["scaled_dot_product_attention"] = _tapped_sdpa
+        sys.modules[name] = shim
+    return sys.modules[name]
+
+
+def _tapped_sdpa(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    if EPOCH >= 0 and torch.compiler.is_compiling():
+        if LOCAL.site is not None:
+            return torch.ops.attnctl.attend(
+                query, key, value, attn_mask, scale, is_causal, enable_gqa, LOCAL.site, "sdpa"
+            )
+    elif LOCAL.ref is not None:
+        return _attend(
+            LOCAL.ref, query, key, value, attn_mask, scale, is_causal, enable_gqa, _sdpa
+        )
+    return functional.scaled_dot_product_attention(
+        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+    )
+
+
+def _tapped_dispatch(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def dispatch_attention_fn(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+        attention_kwargs: dict[str, Any] | None = None,
+        *,
+        backend: Any = None,
+        parallel_config: Any = None,
+        **more: Any,
+    ) -> Tensor:
+        def stock(q: Tensor, k: Tensor, v: Tensor, m: Any, s: Any, c: bool, g: bool) -> Tensor:
+            return original(
+                q, k, v, m, dropout_p, c, s, g, attention_kwargs,
+                backend=backend, parallel_config=parallel_config, **more,
+            )  # fmt: skip
+
+        if EPOCH >= 0 and torch.compiler.is_compiling():
+            if LOCAL.site is not None:
+                # layout [B, H, N, D] for the operator: views only
+                out = torch.ops.attnctl.attend(
+                    query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2),
+                    attn_mask, scale, is_causal, enable_gqa, LOCAL.site, _backend_name(backend),
+                )  # fmt: skip
+                return out.transpose(1, 2)
+        elif LOCAL.ref is not None:
+            _refuse_parallel(parallel_config)
+            out = _attend(
+                LOCAL.ref, query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2),
+                attn_mask, scale, is_causal, enable_gqa, _tokens_first(stock),
+            )  # fmt: skip
+            return out.transpose(1, 2)
+        return stock(query, key, value, attn_mask, scale, is_causal, enable_gqa)
+
+    return dispatch_attention_fn
+
+
+def _refuse_parallel(config: Any) -> None:
+    if config is not None:
+        raise HostError(
+            "this model runs under context parallelism, where one attention call sees only a "
+            "part of the sequence; no control supports that yet: undo the patch or the "
+            "parallelism"
+        )
+
+
+def _backend_name(backend: Any) -> str:
+    return "" if backend is None else str(getattr(backend, "value", backend))
+
+
+def _sdpa(
+    q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: Any, causal: bool, gqa: bool
+) -> Tensor:
+    return functional.scaled_dot_product_attention(
+        q, k, v, mask, 0.0, causal, scale=scale, enable_gqa=gqa
+    )
+
+
+def _tokens_first(stock: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Turn a primitive on [B, N, H, D] into one on [B, H, N, D] by views."""
+
+    def base(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
+        out = stock(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), *rest)
+        return out.transpose(1, 2)
+
+    return base
+
+
+def _attend(ref: SiteRef, *call: Any) -> Tensor:
+    """Run the stack of the site `ref` on (q, k, v, mask, scale, is_causal, gqa, base)."""
+    binding, forward = ref.binding(), LOCAL.forward
+    if binding is None or forward is None or forward.binding is not binding:
+        return call[-1](*call[:-1])
+    index = LOCAL.index
+    LOCAL.index += 1
+    # a control may itself call attention: that one must not come back here
+    LOCAL.ref = None
+    try:
+        return forward.attend(ref.index, index, *call)
+    finally:
+        LOCAL.ref = ref
+
+
+# -- under torch.compile -----------------------------------------------------------------
+
+_TAGS = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()
+
+
+def _compiled_attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float | None,
+    is_causal: bool,
+    enable_gqa: bool,
+    site: Tensor,
+    backend: str,
+) -> Tensor:
+    ref = _REFS.get(int(site))
+    base = _sdpa if backend == "sdpa" else _tokens_first(_dispatch_base(backend))
+    if ref is None:
+        out = base(q, k, v, mask, scale, is_causal, enable_gqa)
+    else:
+        out = _attend(ref, q, k, v, mask, scale, is_causal, enable_gqa, base)
+    # an operator's output may not share memory with its inputs
+    shared = {t.untyped_storage().data_ptr() for t in (q, k, v)}
+    out = out.contiguous()
+    return out.clone() if out.untyped_storage().data_ptr() in shared else out
+
+
+def _dispatch_base(backend: str) -> Callable[..., Tensor]:
+    from diffusers.models.attention_dispatch import dispatch_attention_fn
+
+    def stock(q: Tensor, k: Tensor, v: Tensor, m: Any, s: Any, c: bool, g: bool) -> Tensor:
+        return dispatch_attention_fn(q, k, v, m, 0.0, c, s, g, backend=backend or None)
+
+    return stock
+
+
+if not hasattr(torch.ops.attnctl, "attend"):
+    torch.library.custom_op(
+        "attnctl::attend", _compiled_attend, mutates_args=(), tags=_TAGS or None
+    ).register_fake(lambda q, k, v, *rest: q.new_empty((*q.shape[:-1], v.shape[-1])))

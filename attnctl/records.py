@@ -1,0 +1,362 @@
+"""The few records every control sees, whatever the model.
+
+Layout of attention tensors is always [B, H, N, D] (rows, heads, tokens, head dim), after
+QK-norm and rotary embedding, keys and values not repeated for grouped-query attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .hosts.run import Run
+    from .stack import Entry
+
+__all__ = ["AttentionCall", "ForwardCall", "Rows", "Site", "Spans", "Step", "StepCall"]
+
+Kind = Literal["self", "cross", "joint", "text", "linear", "other"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One attention module.
+
+    Args:
+        index: position in execution order over all sites of the denoiser.
+        name: dotted module path, such as "transformer_blocks.3.attn".
+        kind: "self" (image or video tokens only), "cross" (image queries, text keys), "joint"
+            (one sequence of image and text), "text" (text refiners), "linear" (no softmax,
+            cannot be controlled) or "other".
+        layer: number of the transformer block, counted over the main blocks in execution
+            order; None for refiners and second self-attentions, which go by name only.
+        heads: query heads.
+        head_dim: width of a head.
+        kv_heads: key and value heads.
+        denoiser: attribute of the pipeline that holds the model ("unet", "transformer"...).
+    """
+
+    index: int
+    name: str
+    kind: Kind
+    layer: int | None
+    heads: int
+    head_dim: int
+    kv_heads: int
+    denoiser: str = "model"
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Roles of the batch rows of a denoiser call: equal groups of `n` samples, in order.
+
+    Roles are "uncond", "cond", "source", "target", "reference/0", ... and, for rows that a
+    control added, its own name such as "perturbed/2".
+    """
+
+    groups: tuple[str, ...]
+    n: int
+
+    def __len__(self) -> int:
+        return len(self.groups) * self.n
+
+    def __contains__(self, role: object) -> bool:
+        return role in self.groups
+
+    def slice(self, role: str) -> slice:
+        """Return where the rows of `role` lie; KeyError if there are none."""
+        if role not in self.groups:
+            raise KeyError(role)
+        i = self.groups.index(role)
+        return slice(i * self.n, (i + 1) * self.n)
+
+    def plus(self, role: str) -> Rows:
+        """Return the rows with one more group at the end."""
+        return Rows((*self.groups, role), self.n)
+
+    def __str__(self) -> str:
+        return f"{self.n} x [{', '.join(self.groups)}]"
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where a denoising run stands.
+
+    Args:
+        index: denoiser steps done so far, from 0.
+        count: steps of the run, 0 if unknown (a bare denoiser).
+        timestep: the denoiser's own time input, as given.
+        sigma_of: returns the scheduler's noise level, None without a scheduler.
+    """
+
+    index: int
+    count: int
+    timestep: Any = None
+    sigma_of: Callable[[], float] | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def fraction(self) -> float:
+        """Part of the run that is done, in [0, 1)."""
+        if self.count <= 0:
+            from .errors import HostError
+
+            raise HostError(
+                "the number of steps is unknown for a bare denoiser, so a window by fraction "
+                "has no meaning: give attnctl.patch(..., steps=N), or use steps: or sigmas:"
+            )
+        return min(self.index / self.count, 1.0)
+
+    @cached_property
+    def sigma(self) -> float:
+        """Noise level; raises HostError without a scheduler."""
+        if self.sigma_of is None:
+            from .errors import HostError
+
+            raise HostError("no scheduler is known here, so sigma windows cannot be used")
+        return self.sigma_of()
+
+
+@dataclass(frozen=True)
+class Spans:
+    """Which tokens of an attention call are what.
+
+    Args:
+        q: (role, start, stop) of the queries; roles "image", "ref", "text", "ip".
+        k: the same of the keys.
+        grid: (frames, height, width) of the "image" tokens, row-major; None if unknown.
+    """
+
+    q: tuple[tuple[str, int, int], ...]
+    k: tuple[tuple[str, int, int], ...]
+    grid: tuple[int, int, int] | None = None
+
+    def queries(self, role: str) -> slice | None:
+        """Return the slice of query tokens with this role, None if there are none."""
+        return _find(self.q, role)
+
+    def keys(self, role: str) -> slice | None:
+        """Return the slice of key tokens with this role, None if there are none."""
+        return _find(self.k, role)
+
+
+def _find(spans: tuple[tuple[str, int, int], ...], role: str) -> slice | None:
+    return next((slice(a, b) for name, a, b in spans if name == role and b > a), None)
+
+
+@dataclass
+class AttentionCall:
+    """One attention primitive inside one site, seen by one control of the stack.
+
+    Args:
+        q: [B, H, Nq, D].
+        k: [B, Hkv, Nk, D].
+        v: [B, Hkv, Nk, Dv].
+        mask: bool (True = may attend) or additive float, broadcastable to [B, H, Nq, Nk].
+        scale: factor on the logits, None for 1/sqrt(D).
+        is_causal: as in scaled_dot_product_attention.
+        enable_gqa: whether Hkv < H is allowed.
+        site: where this happens.
+        rows: roles of the denoiser's batch rows (see `slice` for those of this tensor).
+        step: where the run stands.
+        index: which primitive call inside this one forward of the site (several for Mochi,
+            Wan I2V, IP-Adapter).
+        heads: bool [H] on the CPU, the heads this control was asked to touch.
+        state: this control's own state of this run (what `Control.begin` returned).
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None
+    scale: float | None
+    is_causal: bool
+    enable_gqa: bool
+    site: Site
+    rows: Rows
+    step: Step
+    index: int
+    spans_of: Callable[[AttentionCall], Spans]
+    base: Callable[..., Tensor]
+    rest: tuple[Entry, ...] = ()
+    heads: Tensor = field(default_factory=lambda: torch.empty(0))
+    state: Any = None
+    run: Run | None = None
+    role: str = ""
+
+    def proceed(self, **changes: Any) -> Tensor:
+        """Run the rest of the stack and the stock primitive.
+
+        Args:
+            **changes: new q, k, v, mask, scale or is_causal for everything further in.
+
+        Returns:
+            The attention output [B, H, Nq, Dv].
+        """
+        call = replace(self, **changes) if changes else self
+        if not call.rest:
+            return call.primitive()
+        entry, rest = call.rest[0], call.rest[1:]
+        return entry.attend(replace(call, rest=rest))
+
+    def primitive(self) -> Tensor:
+        """Run the model's own attention on this call's tensors, past all controls."""
+        return self.base(
+            self.q, self.k, self.v, self.mask, self.scale, self.is_causal, self.enable_gqa
+        )
+
+    @property
+    def spans(self) -> Spans:
+        """Token spans and grid of this call."""
+        return self.spans_of(self)
+
+    def slice(self, role: str) -> slice | None:
+        """Return the rows of this call's tensors that have `role`; None if there are none.
+
+        A site may fold other axes into the batch (a multiple of the denoiser's rows, row
+        index slowest) or be called once per row (Mochi).
+        """
+        if role not in self.rows:
+            return None
+        at, total, batch = self.rows.slice(role), len(self.rows), self.q.shape[0]
+        if batch == total:
+            return at
+        if batch % total == 0:
+            fold = batch // total
+            return slice(at.start * fold, at.stop * fold)
+        if batch == 1:
+            return slice(0, 1) if at.start <= self.index < at.stop else None
+        from .errors import HostError
+
+        raise HostError(
+            f"{self.site}: attention batch {batch} does not fit the denoiser's {self.rows}"
+        )
+
+    def take(self, rows: slice, heads: Tensor | None = None) -> AttentionCall:
+        """Return a call on some rows and heads of this one (views where possible).
+
+        Args:
+            rows: slice of the batch.
+            heads: indices [h] of query heads, None for all.
+        """
+        q, k, v = self.q[rows], self.k[rows], self.v[rows]
+        if heads is not None:
+            heads = heads.to(q.device)
+            k, v = self.repeat_kv(k), self.repeat_kv(v)
+            q, k, v = q[:, heads], k[:, heads], v[:, heads]
+        mask = _take_mask(self.mask, rows, heads, self.q.shape)
+        return replace(self, q=q, k=k, v=v, mask=mask, rest=())
+
+    def repeat_kv(self, x: Tensor) -> Tensor:
+        """Return keys or values [B, Hkv, N, D] with one head per query head [B, H, N, D]."""
+        times = self.q.shape[1] // x.shape[1]
+        return x if times == 1 else x.repeat_interleave(times, dim=1)
+
+
+def _take_mask(
+    mask: Tensor | None, rows: slice, heads: Tensor | None, shape: torch.Size
+) -> Tensor | None:
+    if mask is None or mask.ndim < 3:
+        return mask
+    if mask.ndim == 3:  # [B or 1, Nq, Nk]
+        return mask[rows] if mask.shape[0] == shape[0] > 1 else mask
+    if mask.shape[0] == shape[0] > 1:
+        mask = mask[rows]
+    if heads is not None and mask.shape[1] == shape[1] > 1:
+        mask = mask[:, heads]
+    return mask
+
+
+@dataclass
+class ForwardCall:
+    """One forward of the denoiser, seen by one control of the stack.
+
+    Args:
+        inputs: the denoiser's arguments by name.
+        rows: roles of the batch rows.
+        step: where the run stands.
+        run: the run (pipeline arguments, guidance scale, scheduler).
+        state: this control's own state of this run.
+        role: the name that this control's own extra rows carry.
+        denoiser: attribute of the pipeline that holds the denoiser.
+        cached: whether a diffusers cache is on, which needs passes of constant batch size.
+    """
+
+    inputs: dict[str, Any]
+    rows: Rows
+    step: Step
+    run: Run
+    base: Callable[[ForwardCall], Tensor]
+    extend_inputs: Callable[[dict[str, Any], Rows, slice], dict[str, Any]]
+    take_inputs: Callable[[dict[str, Any], Rows, slice], dict[str, Any]]
+    denoiser: str = "model"
+    cached: bool = False
+    rest: tuple[Entry, ...] = ()
+    state: Any = None
+    role: str = ""
+
+    def proceed(self) -> Tensor:
+        """Run the rest of the stack and the denoiser.
+
+        Returns:
+            The denoiser's sample, first dimension = len(self.rows).
+        """
+        if not self.rest:
+            return self.base(self)
+        entry, rest = self.rest[0], self.rest[1:]
+        return entry.denoise(replace(self, rest=rest))
+
+    def extend(self, source: str, role: str, **changes: Any) -> ForwardCall:
+        """Return a call whose batch has one more group: a copy of `source` under `role`.
+
+        Args:
+            source: role of the rows to copy.
+            role: role of the new rows.
+            **changes: denoiser inputs of the new rows, each with first dimension n.
+        """
+        inputs = self.extend_inputs(self.inputs, self.rows, self.rows.slice(source))
+        for name, value in changes.items():
+            inputs[name] = _append(name, self.inputs.get(name), value)
+        return replace(self, inputs=inputs, rows=self.rows.plus(role))
+
+    def only(self, source: str, role: str, **changes: Any) -> ForwardCall:
+        """Return a call on the rows of `source` alone, under `role`: a pass of its own."""
+        inputs = self.take_inputs(self.inputs, self.rows, self.rows.slice(source))
+        inputs.update(changes)
+        return replace(self, inputs=inputs, rows=Rows((role,), self.rows.n))
+
+
+def _append(name: str, old: Any, new: Tensor) -> Tensor:
+    from .errors import HostError
+
+    if not isinstance(old, Tensor) or old.shape[1:] != new.shape[1:]:
+        had = tuple(old.shape) if isinstance(old, Tensor) else old
+        raise HostError(
+            f"new rows of {name!r} have shape {tuple(new.shape)}, which does not continue {had}: "
+            "the prompts must have equal token lengths here (pad them with max_sequence_length)"
+        )
+    return torch.cat([old, new.to(old)])
+
+
+@dataclass
+class StepCall:
+    """The latents between two steps, seen by the step plane.
+
+    Args:
+        latents: the pipeline's latents, as they go into `step` (shape of the pipeline).
+        step: the step that comes next; its index is 0 before the first one.
+        run: the run.
+        state: this control's own state of this run.
+    """
+
+    latents: Tensor
+    step: Step
+    run: Run
+    state: Any = None

@@ -1,0 +1,126 @@
+"""The stack of controls on one denoiser: entries, order, conflicts, and what each one touched."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from itertools import count
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from .control import Control
+from .errors import ControlConflict
+from .records import AttentionCall, ForwardCall, Step
+from .selectors import Selection
+from .sites import Sites
+
+if TYPE_CHECKING:
+    from .hosts.run import Run
+
+__all__ = ["Entry", "check_conflicts"]
+
+_SERIAL = count()
+
+
+@dataclass(eq=False)
+class Entry:
+    """One control installed on one denoiser.
+
+    Args:
+        control: the control, with model-dependent options filled in.
+        selection: heads it may touch, by site index.
+        sites: the denoiser's sites.
+        owner: the pipeline it was installed through, by id; None for a bare denoiser.
+    """
+
+    control: Control
+    selection: Selection
+    sites: Sites
+    owner: int | None = None
+    serial: int = field(default_factory=lambda: next(_SERIAL))
+    calls: Counter[int] = field(default_factory=Counter)
+    steps: set[int] = field(default_factory=set)
+    forwards: int = 0
+    extra_rows: int = 0
+
+    def __post_init__(self) -> None:
+        cls = type(self.control)
+        self.attends = cls.plane("attend")
+        self.denoises = cls.plane("denoise")
+        self.schedule = self.control.schedule
+
+    @property
+    def role(self) -> str:
+        """Role of the extra rows that this entry adds to a forward."""
+        return f"{self.control.name}/{self.serial}"
+
+    def active(self, step: Step) -> bool:
+        """Whether the control acts at this step."""
+        return not self.control.neutral and step in self.schedule
+
+    def state(self, run: Run) -> Any:
+        """Return the control's state of this run, made at first use."""
+        if self.serial not in run.states:
+            run.states[self.serial] = self.control.begin(run, self.selection)
+        return run.states[self.serial]
+
+    def attend(self, call: AttentionCall) -> Tensor:
+        """Run the control's attention plane on a call."""
+        assert call.run is not None
+        self.calls[call.site.index] += 1
+        own = replace(
+            call,
+            heads=self.selection[call.site.index],
+            state=self.state(call.run),
+            role=self.role,
+        )
+        return self.control.attend(own)
+
+    def denoise(self, call: ForwardCall) -> Tensor:
+        """Run the control's denoiser plane on a call."""
+        self.forwards += 1
+        self.steps.add(call.step.index)
+        return self.control.denoise(replace(call, state=self.state(call.run), role=self.role))
+
+
+def check_conflicts(entries: list[Entry]) -> None:
+    """Refuse stacks that cannot work.
+
+    Raises:
+        ControlConflict: the same control object twice; two controls that each compute the
+            attention themselves on the same heads; such a control listed before one that
+            works around the attention of the same heads.
+    """
+    for i, first in enumerate(entries):
+        for second in entries[i + 1 :]:
+            _check_pair(first, second)
+
+
+def _check_pair(first: Entry, second: Entry) -> None:
+    a, b = first.control, second.control
+    if a is b:
+        raise ControlConflict(f"{a} is already in the stack; make a second object to use it twice")
+    if not (a.replaces_softmax and second.attends):
+        return
+    shared = _overlap(first, second)
+    if shared is None:
+        return
+    if b.replaces_softmax:
+        raise ControlConflict(
+            f"{a} and {b} both compute the attention of {shared} themselves; "
+            "give them different heads or drop one of them"
+        )
+    raise ControlConflict(
+        f"{a} computes the attention of {shared} itself, so {b}, listed after it, would never "
+        f"be reached: list {b.name} before {a.name}"
+    )
+
+
+def _overlap(first: Entry, second: Entry) -> str | None:
+    """Return the name of a site where both select a common head."""
+    for index, mask in first.selection.items():
+        other = second.selection.get(index)
+        if other is not None and bool((mask & other).any()):
+            return first.sites[index].name
+    return None
