@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import logging
 import pkgutil
 import types
 import typing
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Control", "control", "controls", "register"]
 
+_LOG = logging.getLogger("attnctl")
 C = TypeVar("C", bound="type[Control]")
 _REGISTRY: dict[str, type[Control]] = {}
 
@@ -84,6 +86,9 @@ class Control:
     def for_model(cls, target: Any, preset: str | None = None, **options: Any) -> Control:
         """Return the control with the preset that fits a pipeline or denoiser.
 
+        Which preset it was stands in the log of the logger "attnctl" and in
+        `attnctl.presets.find`.
+
         Args:
             target: pipeline or denoiser.
             preset: name of a preset, None for the one that matches the model.
@@ -94,7 +99,12 @@ class Control:
         """
         from .presets import find
 
-        return cls(**{**find(cls.name, target, preset).options, **options})
+        found = find(cls.name, target, preset)
+        _LOG.info(
+            "%s: preset %s (%s, %s) %s",
+            cls.name, found.name, found.origin, found.source, found.note,
+        )  # fmt: skip
+        return cls(**{**found.options, **options})
 
     @classmethod
     def plane(cls, method: str) -> bool:

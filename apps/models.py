@@ -1,0 +1,183 @@
+"""From what a user calls a model to a pipeline: shipped models, folders, hub ids."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from attnctl import assets
+from attnctl.errors import AttnctlError, nearest
+
+__all__ = ["ModelError", "find_folder", "first_line", "load", "skeleton"]
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_CONFIGS = ["*.json", "*.txt", "*.model", "*.jinja"]
+_DTYPES = ("float32", "float16", "bfloat16")
+
+
+class ModelError(AttnctlError):
+    """A model cannot be found or loaded."""
+
+
+def load(model: str, device: str = "auto", dtype: str = "auto") -> Any:
+    """Load a pipeline.
+
+    Args:
+        model: name of a shipped model, a folder, or a hub id.
+        device: "auto" (CUDA if there is any), "cpu", "cuda" or "cuda:N".
+        dtype: "auto" (float32 on the CPU, bfloat16 else), "float32", "float16", "bfloat16".
+
+    Raises:
+        ModelError: if that is not possible; the message says why in one line.
+    """
+    place = _device(device)
+    kind = _dtype(dtype, place)
+    folder = find_folder(model)
+    from diffusers import DiffusionPipeline
+
+    # diffusers leaves out the null entries of the index, and then misses them
+    null = dict.fromkeys(name for name, entry in _parts(folder) if entry[0] is None)
+    try:
+        pipe = DiffusionPipeline.from_pretrained(
+            str(folder), local_files_only=True, torch_dtype=kind, **null
+        )
+        return pipe.to(place)
+    except Exception as error:
+        raise ModelError(f"the model {model!r} cannot be loaded: {first_line(error)}") from error
+
+
+def find_folder(model: str, only_configs: bool = False) -> Path:
+    """Return the folder of a model in diffusers' layout, fetched from the hub if need be.
+
+    Args:
+        model: name of a shipped model, a folder, or a hub id.
+        only_configs: do without the weights.
+
+    Raises:
+        ModelError: if there is none.
+    """
+    if model in assets.names():
+        return _checked(assets.path(model))
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return _checked(path)
+    if path.is_file():
+        raise ModelError(
+            f"{model} is a file; expected a folder in diffusers' layout (with model_index.json)"
+        )
+    if not _HUB_ID.fullmatch(model) or model.startswith("."):
+        shipped = assets.names()
+        raise ModelError(
+            f"there is no model {model!r}.{nearest(model, shipped)} {_choices(shipped)}"
+        )
+    try:
+        return _fetch(model, only_configs)
+    except Exception as error:
+        raise ModelError(
+            f"{model!r} is no folder here, and not to be had from the hub or its local cache "
+            f"({type(error).__name__}). {_choices(assets.names())}"
+        ) from error
+
+
+def skeleton(model: str) -> Any:
+    """Build a pipeline without weights, from its configuration files: seconds for any size.
+
+    Raises:
+        ModelError: if the model cannot be found or its configuration not be read.
+    """
+    folder = find_folder(model, only_configs=True)
+    import diffusers
+
+    try:
+        cls = getattr(diffusers, _index(folder)["_class_name"])
+        with torch.device("meta"):
+            parts = {name: _part(folder, name, *entry[:2]) for name, entry in _parts(folder)}
+        return cls(**parts)
+    except Exception as error:
+        raise ModelError(
+            f"the configuration of {model!r} cannot be read: {first_line(error)}"
+        ) from error
+
+
+def first_line(error: BaseException) -> str:
+    """Return what an error says, in one line."""
+    text = " ".join(str(error).split("\n\n")[0].split())
+    return text or type(error).__name__
+
+
+def _index(folder: Path) -> dict[str, Any]:
+    try:
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder / 'model_index.json'}: {first_line(error)}") from error
+    return index if isinstance(index, dict) else {}
+
+
+def _parts(folder: Path) -> list[tuple[str, list[Any]]]:
+    """Return the parts of a pipeline and what they are: [library, class], both may be null."""
+    return [(k, v) for k, v in _index(folder).items() if isinstance(v, list) and len(v) >= 2]
+
+
+def _part(folder: Path, name: str, library: str | None, class_name: str | None) -> Any:
+    """Build one part: models on the meta device, tokenizers and schedulers for real."""
+    if library not in ("diffusers", "transformers") or class_name is None:
+        return None
+    cls = getattr(importlib.import_module(library), class_name)
+    if library == "diffusers" and issubclass(cls, torch.nn.Module):
+        return cls.from_config(cls.load_config(str(folder), subfolder=name))
+    if issubclass(cls, torch.nn.Module):
+        return cls(cls.config_class.from_pretrained(str(folder), subfolder=name))
+    with torch.device("cpu"):
+        return cls.from_pretrained(str(folder), subfolder=name)
+
+
+def _checked(folder: Path) -> Path:
+    if not (folder / "model_index.json").is_file():
+        raise ModelError(f"the folder {folder} holds no diffusers pipeline: no model_index.json")
+    return folder
+
+
+def _fetch(model: str, only_configs: bool) -> Path:
+    if only_configs:
+        from huggingface_hub import snapshot_download
+
+        return _checked(Path(snapshot_download(model, allow_patterns=_CONFIGS)))
+    from diffusers import DiffusionPipeline
+
+    return _checked(Path(DiffusionPipeline.download(model)))
+
+
+def _choices(shipped: Iterable[str]) -> str:
+    names = ", ".join(shipped) or "none in this installation"
+    return f"Give a shipped model ({names}), a folder, or a hub id such as org/name."
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise ModelError(f"there is no device {name!r}; expected auto, cpu or cuda")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ModelError(f"the device {name} is not there: torch sees {_gpus()}")
+    return device
+
+
+def _gpus() -> str:
+    count = torch.cuda.device_count()
+    return "no CUDA device" if count == 0 else f"{count} CUDA device{'s' if count > 1 else ''}"
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    if name not in _DTYPES:
+        raise ModelError(f"there is no dtype {name!r}; expected auto, {', '.join(_DTYPES)}")
+    kind: torch.dtype = getattr(torch, name)
+    return kind
