@@ -47,7 +47,9 @@ def split_control(text: str) -> tuple[str, dict[str, str]]:
     for part in _NEXT_OPTION.split(rest) if colon else ():
         match = _OPTION.fullmatch(part)
         if match is None:
-            raise OptionError(f"the control {text!r} has {part!r} where key=value belongs: {_FORM}")
+            raise OptionError(
+                f"the control {text!r} has {part!r} where key=value belongs: {_FORM}"
+            )
         key, value = match[1], match[2].strip()
         if key in options:
             raise OptionError(f"the control {text!r} gives {key} twice")

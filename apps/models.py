@@ -13,8 +13,17 @@ import torch
 
 from attnctl import assets
 from attnctl.errors import AttnctlError, nearest
+from attnctl.hosts.adopt import original_class
 
-__all__ = ["ModelError", "find_folder", "first_line", "load", "skeleton"]
+__all__ = [
+    "ModelError",
+    "find_folder",
+    "first_line",
+    "load",
+    "local_folder",
+    "model_name",
+    "skeleton",
+]
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _CONFIGS = ["*.json", "*.txt", "*.model", "*.jinja"]
@@ -47,9 +56,36 @@ def load(model: str, device: str = "auto", dtype: str = "auto") -> Any:
         pipe = DiffusionPipeline.from_pretrained(
             str(folder), local_files_only=True, torch_dtype=kind, **null
         )
+        pipe.register_to_config(_name_or_path=model)
         return pipe.to(place)
     except Exception as error:
         raise ModelError(f"the model {model!r} cannot be loaded: {first_line(error)}") from error
+
+
+def model_name(pipe: Any) -> str:
+    """Return what the user called the model that a pipeline was loaded from."""
+    return str(getattr(pipe.config, "_name_or_path", "") or original_class(pipe).__name__)
+
+
+def local_folder(model: str) -> Path | None:
+    """Return the folder of a model on this machine; None if it may be a hub id.
+
+    Raises:
+        ModelError: if it is neither.
+    """
+    if model in assets.names():
+        return _checked(assets.path(model))
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return _checked(path)
+    if path.is_file():
+        raise ModelError(
+            f"{model} is a file; expected a folder in diffusers' layout (with model_index.json)"
+        )
+    if _HUB_ID.fullmatch(model) and not model.startswith("."):
+        return None
+    shipped = assets.names()
+    raise ModelError(f"there is no model {model!r}.{nearest(model, shipped)} {_choices(shipped)}")
 
 
 def find_folder(model: str, only_configs: bool = False) -> Path:
@@ -62,20 +98,9 @@ def find_folder(model: str, only_configs: bool = False) -> Path:
     Raises:
         ModelError: if there is none.
     """
-    if model in assets.names():
-        return _checked(assets.path(model))
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return _checked(path)
-    if path.is_file():
-        raise ModelError(
-            f"{model} is a file; expected a folder in diffusers' layout (with model_index.json)"
-        )
-    if not _HUB_ID.fullmatch(model) or model.startswith("."):
-        shipped = assets.names()
-        raise ModelError(
-            f"there is no model {model!r}.{nearest(model, shipped)} {_choices(shipped)}"
-        )
+    folder = local_folder(model)
+    if folder is not None:
+        return folder
     try:
         return _fetch(model, only_configs)
     except Exception as error:

@@ -55,7 +55,7 @@ def test_options_from_strings(options: dict[str, str], want: dict[str, Any]) -> 
         ("softpag", {"passes": "both"}, "one of rows, calls"),
         ("seg", {"sigma": 0.0}, "above 0"),
         ("nag", {"scale": 0.5}, "at least 1"),
-        ("pladis", {"lam": -1.0}, "below 0"),
+        ("pladis", {"lam": -1.0}, "lam=-1"),
         ("temperature", {"tau": 0.0}, "above 0"),
     ],
 )

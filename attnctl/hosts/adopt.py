@@ -1,20 +1,28 @@
 """Give one object a subclass of its own class, and take it back exactly.
 
 Special methods such as `__call__` are looked up on the type, so wrapping the call of one
-pipeline or denoiser (and of no other) means changing the type of that one object. The
-subclass carries the original's name and module, so saving and class-name look-ups see no
-difference; copies and pickles come out with the original class.
+pipeline, denoiser or attention module (and of no other) means changing the type of that one
+object. The subclass carries the original's name and module, so saving and class-name look-ups
+see no difference; copies, pickles and objects made by the subclass have the original class.
 """
 
 from __future__ import annotations
 
 import functools
+import threading
+import types
 import warnings
 from typing import Any
 
 from ..errors import AttnctlWarning
 
-__all__ = ["Uncopied", "adopt", "original_class", "release"]
+__all__ = ["PREFIX", "Uncopied", "adopt", "original_class", "release"]
+
+PREFIX = "_attnctl"
+"""Begins the name of every attribute that we put on somebody else's object."""
+
+_HOLDS = PREFIX + "_holds"
+_LOCK = threading.RLock()
 
 
 class Uncopied:
@@ -33,11 +41,20 @@ class _Adopted:
     _attnctl_class: type
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        reduced = super().__reduce_ex__(protocol)
+        """Reduce to the original class, with nothing of ours in the state."""
+        make, args, *rest = super().__reduce_ex__(protocol)  # type: ignore[misc]
         mine = type(self)
-        swap = tuple(mine._attnctl_class if a is mine else a for a in reduced[1])
-        make = mine._attnctl_class if reduced[0] is mine else reduced[0]
-        return (make, swap, *reduced[2:])
+        swapped = tuple(mine._attnctl_class if a is mine else a for a in args)
+        if rest and isinstance(rest[0], dict):
+            rest[0] = {k: v for k, v in rest[0].items() if not k.startswith(PREFIX)}
+        return (mine._attnctl_class if make is mine else make, swapped, *rest)
+
+
+@functools.cache
+def _metaclass(meta: type[type]) -> type[type]:
+    """A metaclass whose classes make objects of the original class (`type(pipe)(...)`)."""
+    call = {"__call__": lambda cls, *args, **kwargs: cls._attnctl_class(*args, **kwargs)}
+    return type(meta)(meta.__name__, (meta,), call)
 
 
 @functools.cache
@@ -45,16 +62,25 @@ def _subclass(cls: type, mixin: type) -> type:
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
     body: dict[str, Any] = {**names, "__doc__": cls.__doc__, "_attnctl_class": cls}
     for name, wrapper in vars(mixin).items():
-        if callable(wrapper) and hasattr(cls, name):
-            # same signature and docstring as the original, for code that inspects them
-            body[name] = functools.wraps(getattr(cls, name))(_forwarding(wrapper))
-        elif callable(wrapper):
-            body[name] = property(_absent)
-    return type(cls)(cls.__name__, (_Adopted, mixin, cls), body)
+        if isinstance(wrapper, types.FunctionType):
+            stock = getattr(cls, name, None)
+            body[name] = property(_absent) if stock is None else _front(stock, wrapper)
+    return _metaclass(type(cls))(cls.__name__, (_Adopted, mixin, cls), body)
 
 
-def _forwarding(wrapper: Any) -> Any:
-    return lambda self, *args, **kwargs: wrapper(self, *args, **kwargs)
+def _front(stock: Any, wrapper: Any) -> Any:
+    """Return the wrapper with the signature and docstring of what it wraps."""
+
+    @functools.wraps(stock)
+    def front(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(self, _Adopted):
+            return wrapper(self, *args, **kwargs)
+        # a bound method that torch.compile took under the patch, called after the undo
+        return stock(self, *args, **kwargs)
+
+    # torch.compile counts recompilations by code object: each class needs its own
+    front.__code__ = front.__code__.replace()
+    return front
 
 
 def _absent(self: Any) -> Any:
@@ -69,22 +95,30 @@ def original_class(obj: Any) -> type:
 
 
 def adopt(obj: Any, mixin: type) -> None:
-    """Put `mixin` in front of the object's class; doing it twice changes nothing."""
-    if not issubclass(type(obj), _Adopted):
-        object.__setattr__(obj, "__class__", _subclass(type(obj), mixin))
+    """Put `mixin` in front of the object's class; counted, each needs one `release`."""
+    with _LOCK:
+        if not issubclass(type(obj), _Adopted):
+            object.__setattr__(obj, "__class__", _subclass(type(obj), mixin))
+        obj.__dict__[_HOLDS] = obj.__dict__.get(_HOLDS, 0) + 1
 
 
 def release(obj: Any) -> None:
-    """Give the object its own class back.
+    """Undo one `adopt`; the last one gives the object its own class back.
 
-    Warns (AttnctlWarning) and leaves it if somebody else changed the class in between.
+    Warns (AttnctlWarning) and leaves the class if somebody else changed it in between.
     """
-    cls = type(obj)
-    if cls.__mro__[1:2] == (_Adopted,):
-        object.__setattr__(obj, "__class__", cls._attnctl_class)  # type: ignore[attr-defined]
-    elif issubclass(cls, _Adopted):
-        warnings.warn(
-            f"the class of this {cls.__name__} was changed after the patch; it is left as it is",
-            AttnctlWarning,
-            stacklevel=3,
-        )
+    with _LOCK:
+        holds = obj.__dict__.pop(_HOLDS, 0) - 1
+        if holds > 0:
+            obj.__dict__[_HOLDS] = holds
+            return
+        cls = type(obj)
+        if cls.__mro__[1:2] == (_Adopted,):
+            object.__setattr__(obj, "__class__", cls._attnctl_class)  # type: ignore[attr-defined]
+        elif issubclass(cls, _Adopted):
+            warnings.warn(
+                f"the class of this {cls.__name__} was changed after the patch; it is left as "
+                "it is",
+                AttnctlWarning,
+                stacklevel=3,
+            )

@@ -101,10 +101,10 @@ class Binding(Uncopied):
             tap.unhook(self.modules[index])
             del self.hooked[index]
         for index in wanted - set(self.hooked):
-            self.hooked[index] = tap.SiteRef(self, index)
-            tap.hook(self.modules[index], self.hooked[index])
+            ref = tap.SiteRef(self, index)
+            tap.hook(self.modules[index], ref)
+            self.hooked[index] = ref
         self.refresh()
-        tap.bump_epoch()
 
     def refresh(self) -> None:
         """Follow processors that were replaced (IP-Adapter, fused projections)."""
@@ -160,6 +160,27 @@ class Binding(Uncopied):
 
     def call(self, stock: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run one denoiser call through the stack; `stock` is the unpatched call."""
+        before, LOCAL.inside = LOCAL.inside, self
+        try:
+            return self._call(stock, args, kwargs)
+        finally:
+            LOCAL.inside = before
+
+    def bypassed(self) -> None:
+        """Refuse attention calls of this denoiser that did not come through `call`.
+
+        Raises:
+            HostError: if some control should have acted on them.
+        """
+        if any(not e.control.neutral for e in self.current_run()[1]):
+            name = original_class(self.module).__name__
+            raise HostError(
+                f"this {name} was called past the patch: its forward directly, or by a "
+                "torch.compile wrapper made after the patch. Call the module itself, or patch "
+                "the compiled one: attnctl.patch(torch.compile(model), ...)"
+            )
+
+    def _call(self, stock: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         run, entries = self.current_run()
         if not entries:
             return stock(*args, **kwargs)
@@ -195,9 +216,11 @@ class DenoiserCalls:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         stock = super().__call__  # type: ignore[misc]
-        if torch.compiler.is_compiling() or LOCAL.forward is not None:
+        if torch.compiler.is_compiling():
             return stock(*args, **kwargs)
         binding = binding_of(self)  # type: ignore[arg-type]
+        if LOCAL.forward is not None or LOCAL.inside is binding:
+            return stock(*args, **kwargs)
         if LOCAL.capture is not None and binding is not None:
             raise LOCAL.capture(binding.name_inputs(args, kwargs))
         return stock(*args, **kwargs) if binding is None else binding.call(stock, args, kwargs)

@@ -26,6 +26,7 @@ class _Local(threading.local):
 
     run: Run | None = None
     forward: Forward | None = None
+    inside: Any = None  # binding whose denoiser call is under way
     ref: Any = None  # site being run, eager
     site: Tensor | None = None  # site being run, under torch.compile
     capture: type[BaseException] | None = None  # raised with the first denoiser call's inputs

@@ -1,14 +1,16 @@
-"""The one interception point: module hooks say where, two patched names say what.
+"""The one interception point: adopted modules say where, two patched names say what.
 
 Every diffusers attention processor ends in `dispatch_attention_fn` ([B, N, H, D]) or in
 `F.scaled_dot_product_attention` ([B, H, N, D]). Both names are looked up in the processor's
 module when the processor runs, so replacing them there (while any patch is alive) reaches
 every model without touching a processor: LoRA, IP-Adapter, fused projections, attention
-backends and offloading go on working. Hooks on the controlled attention modules note which
-site is running; a call without a noted site goes straight to the original.
+backends and offloading go on working. The controlled attention modules note which site is
+running; a call without a noted site goes straight to the original.
 
 Under torch.compile the stack runs inside one opaque operator, so that a change of step, role
-or option never recompiles.
+or option never recompiles. A module notes its site by its class, not by a hook: compiled code
+checks the classes of modules, but not their hooks, so that a block compiled without a control
+would be used again for a block with one.
 """
 
 from __future__ import annotations
@@ -29,18 +31,13 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from ..errors import AttnctlWarning, HostError
-from .adopt import Uncopied
+from .adopt import Uncopied, adopt, original_class, release
 from .run import LOCAL
 
 if TYPE_CHECKING:
     from .denoiser import Binding
 
 __all__ = ["SiteRef", "hook", "name_space", "patch_names", "unhook", "unpatch_names"]
-
-KEY = "attnctl"
-EPOCH = 0
-"""Read by the patched names and raised with every change of hooks, so that compiled code
-notices: torch.compile does not guard on hooks once the names are patched."""
 
 _LOCK = threading.RLock()
 _USES: Counter[int] = Counter()
@@ -59,54 +56,54 @@ class SiteRef(Uncopied):
         _REFS[self.serial] = self
 
 
-# -- where: hooks ------------------------------------------------------------------------
+# -- where: adopted attention modules ----------------------------------------------------
 
 
-def _enter(module: torch.nn.Module, args: Any) -> None:
-    if torch.compiler.is_compiling():
-        LOCAL.site = module._attnctl_site  # type: ignore[assignment]
-    else:
-        LOCAL.ref = module._attnctl_ref
-        LOCAL.index = 0
+class SiteCalls:
+    """Mixin put in front of an attention module's class while its site is controlled."""
 
+    _attnctl_ref: SiteRef
+    _attnctl_site: Tensor
 
-def _leave(module: torch.nn.Module, args: Any, output: Any) -> None:
-    if torch.compiler.is_compiling():
-        LOCAL.site = None
-    else:
-        LOCAL.ref = None
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        stock = super().__call__  # type: ignore[misc]
+        if torch.compiler.is_compiling():
+            LOCAL.site, LOCAL.index = self._attnctl_site, 0
+            out = stock(*args, **kwargs)
+            LOCAL.site = None
+            return out
+        before = LOCAL.ref, LOCAL.index
+        LOCAL.ref, LOCAL.index = self._attnctl_ref, 0
+        try:
+            return stock(*args, **kwargs)
+        finally:
+            LOCAL.ref, LOCAL.index = before
 
 
 def hook(module: torch.nn.Module, ref: SiteRef) -> None:
     """Let a module announce itself as a site.
 
-    One fixed key and module-level functions: with them regional compilation keeps its number
-    of graphs. The site number travels as a CPU tensor that is no buffer, so it stays on the
-    CPU and out of the state dict.
+    The site number travels as a CPU tensor that is no buffer, so it stays on the CPU and out
+    of the state dict, and compiled code takes it as an input.
+
+    Raises:
+        HostError: if the module is a site of another patched model.
     """
+    if "_attnctl_ref" in module.__dict__:
+        raise HostError(
+            f"this {original_class(module).__name__} is already a site of another patched "
+            "model that contains it; patch one of the two, or undo the other patch first"
+        )
     module.__dict__["_attnctl_ref"] = ref
     module.__dict__["_attnctl_site"] = torch.tensor(ref.serial)
-    module._forward_pre_hooks[KEY] = _enter  # type: ignore[index]
-    module._forward_hooks[KEY] = _leave  # type: ignore[index]
-    module._forward_hooks_always_called[KEY] = True  # type: ignore[index]
+    adopt(module, SiteCalls)
 
 
 def unhook(module: torch.nn.Module) -> None:
     """Take back what `hook` did; nothing is left on the module."""
+    release(module)
     for name in ("_attnctl_ref", "_attnctl_site"):
         module.__dict__.pop(name, None)
-    for hooks in (
-        module._forward_pre_hooks,
-        module._forward_hooks,
-        module._forward_hooks_always_called,
-    ):
-        hooks.pop(KEY, None)  # type: ignore[call-overload]
-
-
-def bump_epoch() -> None:
-    """Make compiled code look at the hooks again."""
-    global EPOCH
-    EPOCH += 1
 
 
 # -- what: the two names -----------------------------------------------------------------
@@ -209,20 +206,23 @@ def _tapped_sdpa(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    if EPOCH >= 0 and torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
         if LOCAL.site is not None:
             return torch.ops.attnctl.attend(
-                query, key, value, attn_mask, scale, is_causal, enable_gqa, LOCAL.site, "sdpa"
-            )
+                query, key, value, attn_mask, scale, is_causal, enable_gqa,
+                LOCAL.site, _next_index(), "sdpa",
+            )  # fmt: skip
     elif LOCAL.ref is not None:
         return _attend(
-            LOCAL.ref, query, key, value, attn_mask, scale, is_causal, enable_gqa, _sdpa
-        )
+            LOCAL.ref, _next_index(),
+            query, key, value, attn_mask, scale, is_causal, enable_gqa, _sdpa,
+        )  # fmt: skip
     return functional.scaled_dot_product_attention(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )
 
 
+@functools.cache
 def _tapped_dispatch(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def dispatch_attention_fn(
         query: Tensor,
@@ -245,18 +245,21 @@ def _tapped_dispatch(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
                 backend=backend, parallel_config=parallel_config, **more,
             )  # fmt: skip
 
-        if EPOCH >= 0 and torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
             if LOCAL.site is not None:
+                _refuse(attn_mask, parallel_config)
                 # layout [B, H, N, D] for the operator: views only
                 out = torch.ops.attnctl.attend(
                     query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2),
-                    attn_mask, scale, is_causal, enable_gqa, LOCAL.site, _backend_name(backend),
+                    attn_mask, scale, is_causal, enable_gqa,
+                    LOCAL.site, _next_index(), _backend_name(backend),
                 )  # fmt: skip
                 return out.transpose(1, 2)
         elif LOCAL.ref is not None:
-            _refuse_parallel(parallel_config)
+            _refuse(attn_mask, parallel_config)
             out = _attend(
-                LOCAL.ref, query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2),
+                LOCAL.ref, _next_index(),
+                query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2),
                 attn_mask, scale, is_causal, enable_gqa, _tokens_first(stock),
             )  # fmt: skip
             return out.transpose(1, 2)
@@ -265,12 +268,24 @@ def _tapped_dispatch(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return dispatch_attention_fn
 
 
-def _refuse_parallel(config: Any) -> None:
-    if config is not None:
+def _next_index() -> int:
+    """Number the primitive calls of one forward of a site."""
+    index = LOCAL.index
+    LOCAL.index = index + 1
+    return index
+
+
+def _refuse(mask: Any, parallel_config: Any) -> None:
+    if parallel_config is not None:
         raise HostError(
             "this model runs under context parallelism, where one attention call sees only a "
             "part of the sequence; no control supports that yet: undo the patch or the "
             "parallelism"
+        )
+    if mask is not None and not isinstance(mask, Tensor):
+        raise HostError(
+            f"this model gives attention a {type(mask).__name__} as mask; no control supports "
+            "that yet: undo the patch or choose another attention type"
         )
 
 
@@ -296,19 +311,19 @@ def _tokens_first(stock: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return base
 
 
-def _attend(ref: SiteRef, *call: Any) -> Tensor:
+def _attend(ref: SiteRef, index: int, *call: Any) -> Tensor:
     """Run the stack of the site `ref` on (q, k, v, mask, scale, is_causal, gqa, base)."""
     binding, forward = ref.binding(), LOCAL.forward
     if binding is None or forward is None or forward.binding is not binding:
+        if binding is not None and LOCAL.inside is not binding:
+            binding.bypassed()
         return call[-1](*call[:-1])
-    index = LOCAL.index
-    LOCAL.index += 1
     # a control may itself call attention: that one must not come back here
-    LOCAL.ref = None
+    before, LOCAL.ref = LOCAL.ref, None
     try:
         return forward.attend(ref.index, index, *call)
     finally:
-        LOCAL.ref = ref
+        LOCAL.ref = before
 
 
 # -- under torch.compile -----------------------------------------------------------------
@@ -325,6 +340,7 @@ def _compiled_attend(
     is_causal: bool,
     enable_gqa: bool,
     site: Tensor,
+    index: int,
     backend: str,
 ) -> Tensor:
     ref = _REFS.get(int(site))
@@ -332,7 +348,7 @@ def _compiled_attend(
     if ref is None:
         out = base(q, k, v, mask, scale, is_causal, enable_gqa)
     else:
-        out = _attend(ref, q, k, v, mask, scale, is_causal, enable_gqa, base)
+        out = _attend(ref, index, q, k, v, mask, scale, is_causal, enable_gqa, base)
     # an operator's output may not share memory with its inputs
     shared = {t.untyped_storage().data_ptr() for t in (q, k, v)}
     out = out.contiguous()

@@ -1,4 +1,4 @@
-"""Putting the new output of some rows and heads into an attention output."""
+"""Which heads a control takes, and putting their new output into the whole one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,12 @@ from torch import Tensor
 
 from attnctl.records import AttentionCall
 
-__all__ = ["head_indices", "put", "writable"]
+__all__ = ["head_indices", "is_added_branch", "put", "writable"]
+
+
+def is_added_branch(call: AttentionCall) -> bool:
+    """Whether this is a further primitive of a site, with keys of its own (an IP-Adapter's)."""
+    return call.index > 0 and call.q.shape[2] != call.k.shape[2]
 
 
 def head_indices(call: AttentionCall) -> Tensor | None:

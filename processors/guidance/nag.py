@@ -16,13 +16,16 @@ References:
     Models", 2025 (arXiv 2505.21179), section 4.
 
 Defaults: s 5, tau 2.5, alpha 0.25 (the official FLUX example). Norm: L2 over all selected
-heads of a token, as in the official code (its text says L1). Deviation: the official code
-shares the image MLP between the two groups; here it runs for both, which costs more and needs
-no model code.
+heads of a token, as in the official code (its text says L1). Deviations: the official code
+shares the image stream of the two groups up to the attention and the MLP; here it runs for
+both, which costs more and needs no model code, and stays shared only while every site is
+selected. The pooled text of the negative rows is the positive prompt's; the official FLUX code
+gives them the negative prompt's.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -34,6 +37,8 @@ from attnctl.control import Control, register
 from attnctl.errors import HostError, OptionError
 from attnctl.records import AttentionCall, ForwardCall
 from attnctl.schedule import Schedule, Window
+
+from .heads import is_added_branch, writable
 
 if TYPE_CHECKING:
     from attnctl.hosts.run import Run
@@ -54,12 +59,13 @@ def normalized_guidance(
         tau: largest ratio |Z~| / |Z+|, norms over heads and head dim of each token.
         alpha: share of the guided output in [0, 1].
     """
-    plus, minus = positive.float(), negative.float()
+    wide = torch.promote_types(positive.dtype, torch.float32)
+    plus, minus = positive.to(wide), negative.to(wide)
     guided = scale * plus - (scale - 1) * minus
     norm = plus.norm(dim=(1, 3), keepdim=True)
     ratio = guided.norm(dim=(1, 3), keepdim=True) / norm.clamp_min(1e-12)
     # |Z+| = 0 leaves no direction to keep: nothing is added there
-    shrink = torch.where(norm > 0, tau / ratio.clamp_min(tau), torch.zeros_like(ratio))
+    shrink = torch.where(norm > 0, tau / ratio.clamp_min(tau), 0)
     return (alpha * guided * shrink + (1 - alpha) * plus).to(positive.dtype)
 
 
@@ -93,12 +99,16 @@ class NAG(Control):
 
     def __post_init__(self) -> None:
         for key, ok, want in (
-            ("scale", self.scale >= 1, "at least 1"),
+            ("scale", 1 <= self.scale < math.inf, "finite, at least 1"),
             ("tau", self.tau > 0, "above 0"),
             ("alpha", 0 <= self.alpha <= 1, "in [0, 1]"),
         ):
             if not ok:
                 raise OptionError(f"{self.name}: {key}={getattr(self, key)} must be {want}")
+        if not isinstance(self.negative, (str, Mapping)):
+            raise OptionError(
+                f"{self.name}: negative={self.negative!r} must be a prompt or a dict of tensors"
+            )
         _ = self.schedule
 
     @property
@@ -140,14 +150,21 @@ class NAG(Control):
         """Guide the image queries of the positive rows; keep the negative rows' equal."""
         out = call.proceed()
         cond, negative = call.slice("cond"), call.slice(call.role)
+        if cond is None and negative is None:
+            return out
+        if cond is None or negative is None:
+            raise HostError(
+                f"{call.site}: {self.name} needs the positive and the negative rows in one "
+                "attention call, but this model attends to one row at a time"
+            )
         image = self._images(call)
-        if cond is None or negative is None or image is None:
+        if image is None:
             return out
         heads = call.heads.nonzero().flatten().to(out.device)
         plus, minus = (out[rows][:, heads][:, :, image] for rows in (cond, negative))
         new = normalized_guidance(plus, minus, self.scale, self.tau, self.alpha)
         whole = out[cond, :, image].clone().index_copy_(1, heads, new)
-        out = out.clone() if out.requires_grad else out
+        out = writable(out, call)
         out[cond, :, image] = whole
         out[negative, :, image] = whole
         return out
@@ -155,7 +172,8 @@ class NAG(Control):
     def _images(self, call: AttentionCall) -> slice | None:
         """Return the queries to guide; None for the image branch of an IP-Adapter."""
         spans = call.spans
-        if spans.keys("text") is None and spans.keys("ip") is not None:
+        added = call.site.kind == "joint" and is_added_branch(call)
+        if added or (spans.keys("text") is None and spans.keys("ip") is not None):
             return None
         image = spans.queries("image")
         if image is None:

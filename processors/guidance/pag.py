@@ -62,17 +62,29 @@ def identity_among_images(
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     qi, ki, vi = q[:, :, image], k[:, :, image], v[:, :, image]
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    wide = torch.promote_types(q.dtype, torch.float32)
     own = (qi.to(wide) * ki.to(wide)).sum(-1) * scale
-    part = None if mask is None else _columns(mask, image, text)
+    part = None
+    if mask is not None:
+        part, own = _rows(mask, image)[..., text], _add_diagonal(own, mask, image)
     out, lse = attention_with_lse(qi, k[:, :, text], v[:, :, text], part, scale)
     return merge_attention([vi, out], [own, lse])[0]
 
 
-def _columns(mask: Tensor, rows: slice, columns: slice) -> Tensor:
-    if mask.ndim >= 2 and mask.shape[-2] > 1:
-        mask = mask[..., rows, :]
-    return mask[..., columns]
+def _rows(mask: Tensor, rows: slice) -> Tensor:
+    return mask[..., rows, :] if mask.ndim >= 2 and mask.shape[-2] > 1 else mask
+
+
+def _add_diagonal(own: Tensor, mask: Tensor, image: slice) -> Tensor:
+    """Add a mask's entries (i, i) to the logits [B, H, N_image] of tokens with themselves."""
+    entries = _rows(mask, image)[..., image]
+    if entries.ndim > 1 and entries.shape[-2] == 1:
+        entries = entries[..., 0, :]
+    elif entries.ndim > 1:
+        entries = entries.diagonal(dim1=-2, dim2=-1)
+    if entries.dtype == torch.bool:
+        return own.masked_fill(~entries, -torch.inf)
+    return own + entries.to(own.dtype)
 
 
 @register
@@ -100,6 +112,11 @@ class PAG(PerturbedGuidance):
 
     def perturb(self, call: AttentionCall, out: Tensor) -> Tensor:
         """Return V, or for the image blocks V on the image rows alone."""
+        if call.q.shape[2] != call.k.shape[2]:
+            raise HostError(
+                f"{call.site}: {call.q.shape[2]} queries on {call.k.shape[2]} keys have no "
+                "identity map; choose other sites or another perturbation"
+            )
         v = call.repeat_kv(call.v)
         text = call.spans.queries("text") if call.site.kind == "joint" else None
         if self.block == "joint" or (text is None and call.site.kind == "self"):

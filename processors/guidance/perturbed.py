@@ -22,6 +22,7 @@ towards |e_c|; the conditional output it sees then already holds the term.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -32,6 +33,8 @@ from attnctl.control import Control
 from attnctl.errors import HostError, OptionError
 from attnctl.records import AttentionCall, ForwardCall
 from attnctl.schedule import Schedule, Window
+
+from .heads import head_indices, is_added_branch, put
 
 if TYPE_CHECKING:
     from attnctl.hosts.run import Run
@@ -58,7 +61,13 @@ def soften(out: Tensor, perturbed: Tensor, u: float | Tensor) -> Tensor:
 
 @dataclass
 class _Guidance:
-    """State of a run: the term of the current step, for CFG in two calls."""
+    """State of a run: the term of the current step, for CFG in two calls.
+
+    Args:
+        step: step whose conditional branch has run.
+        term: what it added, None for nothing.
+        uncond_first: step whose unconditional branch ran before the conditional one.
+    """
 
     step: int = -1
     term: Tensor | None = None
@@ -78,7 +87,7 @@ class PerturbedGuidance(Control):
         stop: fraction of the run at which it ends.
         sigmas: instead, the window of noise levels (high, low).
         adaptive: a >= 0, lowers the scale with time: max(0, w - a (1000 - t)), t from 1000 to
-            0. 0 is off.
+            0, no extra pass where that gives 0. 0 is off.
         convention: "pipeline" as above; "guider" counts like diffusers' guiders without CFG,
             e_p + w (e_c - e_p), where w = 1 is off.
         passes: "rows" appends the perturbed rows to the denoiser's batch (one call, fastest);
@@ -101,8 +110,10 @@ class PerturbedGuidance(Control):
     def __post_init__(self) -> None:
         if not 0 <= self.u <= 1:
             raise OptionError(f"{self.name}: u={self.u} is outside [0, 1]")
-        if self.adaptive < 0:
-            raise OptionError(f"{self.name}: adaptive={self.adaptive} is below 0")
+        if not math.isfinite(self.scale):
+            raise OptionError(f"{self.name}: scale={self.scale} must be a finite number")
+        if not 0 <= self.adaptive < math.inf:
+            raise OptionError(f"{self.name}: adaptive={self.adaptive} must be finite, 0 or above")
         for key, known in (("convention", ("pipeline", "guider")), ("passes", ("rows", "calls"))):
             if getattr(self, key) not in known:
                 raise OptionError(
@@ -144,29 +155,38 @@ class PerturbedGuidance(Control):
         """
         raise NotImplementedError(f"{type(self).__name__} must say what it does to a head")
 
+    def direction(self, cond: Tensor, weak: Tensor) -> Tensor:
+        """Return e_c - e_p, both [n, ...]; placebos of the same strength override it."""
+        return cond - weak
+
     def attend(self, call: AttentionCall) -> Tensor:
         """Perturb the selected heads of this control's own rows."""
         rows = call.slice(call.role)
         out = call.proceed()
-        if rows is None:
+        if rows is None or is_added_branch(call):
             return out
-        heads = None if bool(call.heads.all()) else call.heads.nonzero().flatten().to(out.device)
+        heads = head_indices(call)
         mine = out[rows] if heads is None else out[rows][:, heads]
         new = soften(mine, self.perturb(call.take(rows, heads), mine), self.u)
-        return _put(out, new, rows, heads)
+        return put(out, new, rows, heads, call)
 
     def denoise(self, call: ForwardCall) -> Tensor:
         """Add w (e_c - e_p) to the output of every branch."""
         state: _Guidance = call.state
         if "cond" not in call.rows:
             return self._other_branch(call, state)
+        weight = self._weight(call)
+        if weight == 0:
+            state.step, state.term = call.step.index, None
+            return call.proceed()
         main, weak = self._both(call)
+        wide = torch.promote_types(main.dtype, torch.float32)
         cond = main[call.rows.slice("cond")]
-        term = self._weight(call) * (cond.float() - weak.float())
-        state.step, state.term = call.step.index, term
+        term = weight * self.direction(cond.to(wide), weak.to(wide))
         if state.uncond_first == call.step.index:
             # too late for the unconditional branch: the pipeline multiplies ours by g
-            term = term / call.run.guidance_scale(call.denoiser)
+            term = term / self._scale_of(call)
+        state.step, state.term = call.step.index, term
         return _add_to_all(main, term, len(call.rows.groups))
 
     def _both(self, call: ForwardCall) -> tuple[Tensor, Tensor]:
@@ -180,32 +200,38 @@ class PerturbedGuidance(Control):
     def _other_branch(self, call: ForwardCall, state: _Guidance) -> Tensor:
         """CFG in two calls: the unconditional one gets the term of the conditional one."""
         out = call.proceed()
-        if state.step != call.step.index or state.term is None:
-            if "uncond" not in call.rows:
-                raise HostError(f"{self.name}: no conditional rows among {call.rows}")
-            state.uncond_first = call.step.index
-            return out
-        return _add_to_all(out, state.term, len(call.rows.groups))
+        if state.step == call.step.index:
+            if state.term is None:
+                return out
+            return _add_to_all(out, state.term, len(call.rows.groups))
+        if "uncond" not in call.rows:
+            raise HostError(f"{self.name}: no conditional rows among {call.rows}")
+        state.uncond_first = call.step.index
+        return out
 
     def _weight(self, call: ForwardCall) -> float:
         guided = self.convention == "pipeline" or call.run.guided(call.rows)
         weight = self.scale if guided else self.scale - 1
-        if self.adaptive:
-            weight = max(0.0, weight - self.adaptive * (1000 - call.run.time))
-        return weight
+        if not self.adaptive:
+            return weight
+        time = call.run.time
+        if math.isnan(time):
+            raise HostError(
+                f"{self.name}: adaptive={self.adaptive} needs the scheduler's time, which is not "
+                "known for a bare denoiser; patch the pipeline, or use adaptive=0"
+            )
+        return max(0.0, weight - self.adaptive * (1000 - time))
 
-
-def _put(out: Tensor, new: Tensor, rows: slice, heads: Tensor | None) -> Tensor:
-    """Return `out` with some rows and heads replaced; in place where autograd allows."""
-    if out.requires_grad or new.requires_grad:
-        out = out.clone()
-    if heads is None:
-        out[rows] = new
-    else:
-        out[rows].index_copy_(1, heads, new)
-    return out
+    def _scale_of(self, call: ForwardCall) -> float:
+        scale = call.run.guidance_scale(call.denoiser)
+        if scale == 0:
+            raise HostError(
+                f"{self.name}: this pipeline runs the unconditional branch first and mixes with "
+                "guidance scale 0, so that nothing can be added; use another guidance scale"
+            )
+        return scale
 
 
 def _add_to_all(out: Tensor, term: Tensor, groups: int) -> Tensor:
-    term = term.to(out.dtype)
-    return out + (term if groups == 1 else torch.cat([term] * groups))
+    wide = out.to(term.dtype).unflatten(0, (groups, -1)) + term
+    return wide.flatten(0, 1).to(out.dtype)

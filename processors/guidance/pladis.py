@@ -11,11 +11,12 @@ References:
     by Leveraging Sparsity", 2025 (arXiv 2503.07677); Peters et al., "Sparse Sequence-to-Sequence
     Models", 2019 (arXiv 1905.05702), algorithm 2, for entmax_1.5.
 
-Default: lambda 2 as in re-implementations; the paper's own default was not verified.
+Default: lambda 2; the official README "generally fixes" it to 1.5 or 2.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -24,11 +25,16 @@ from torch import Tensor
 
 from attnctl.control import Control, register
 from attnctl.errors import OptionError
-from attnctl.kernels.lse.reference import query_chunks
+from attnctl.kernels.lse.reference import logit_chunks
 from attnctl.records import AttentionCall
 from attnctl.schedule import Schedule, Window
 
+from .heads import head_indices, put
+
 __all__ = ["PLADIS", "entmax15", "sparse_attention"]
+
+_CHUNK_ELEMENTS = 1 << 22
+"""Largest number of logits held at once: sorting them takes about 60 bytes each."""
 
 
 def entmax15(logits: Tensor) -> Tensor:
@@ -39,9 +45,10 @@ def entmax15(logits: Tensor) -> Tensor:
 
     Returns:
         p_j = max(z_j / 2 - tau, 0)^2 with tau such that the entries sum to one, found from
-        the sorted logits (exact). A row of -inf gives zeros.
+        the sorted logits (exact), in the dtype of the logits. A row of -inf gives zeros.
     """
-    z = (logits - logits.amax(-1, keepdim=True).clamp_min(torch.finfo(logits.dtype).min)) / 2
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    z = (wide - wide.amax(-1, keepdim=True).clamp_min(torch.finfo(wide.dtype).min)) / 2
     top = z.sort(dim=-1, descending=True).values
     # beyond a gap of 1 an entry cannot be in the support; the clamp keeps -inf out of the sums
     top = top.clamp_min(-4.0)
@@ -51,7 +58,7 @@ def entmax15(logits: Tensor) -> Tensor:
     delta = (1 - count * (square - mean**2)) / count
     tau = mean - delta.clamp_min(0).sqrt()
     support = (tau <= top).sum(-1, keepdim=True).clamp_min(1)
-    return (z - tau.gather(-1, support - 1)).clamp_min(0) ** 2
+    return ((z - tau.gather(-1, support - 1)).clamp_min(0) ** 2).to(logits.dtype)
 
 
 def sparse_attention(
@@ -65,18 +72,13 @@ def sparse_attention(
         v: [B, H, Nk, Dv].
         mask: bool (True = may attend) or additive float, broadcastable to [B, H, Nq, Nk].
         scale: factor on the logits, None for 1/sqrt(D).
+
+    Returns:
+        [B, H, Nq, Dv] in the dtype of q; a row without any key gives 0.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    outs = []
-    for rows in query_chunks(q, k.shape[2]):
-        logits = (q[:, :, rows].to(wide) * scale) @ k.to(wide).transpose(-1, -2)
-        if mask is not None:
-            part = mask[..., rows, :] if mask.ndim >= 2 and mask.shape[-2] > 1 else mask
-            off = part.logical_not() if part.dtype == torch.bool else None
-            logits = logits + part if off is None else logits.masked_fill(off, -torch.inf)
-        outs.append((entmax15(logits) @ v.to(wide)).to(q.dtype))
-    return torch.cat(outs, dim=2)
+    values = v.to(torch.promote_types(q.dtype, torch.float32))
+    chunks = logit_chunks(q, k, mask, scale, _CHUNK_ELEMENTS)
+    return torch.cat([(entmax15(z) @ values).to(q.dtype) for z in chunks], dim=2)
 
 
 @register
@@ -100,8 +102,8 @@ class PLADIS(Control):
     kinds: ClassVar[tuple[str, ...]] = ("cross",)
 
     def __post_init__(self) -> None:
-        if self.lam < 0:
-            raise OptionError(f"{self.name}: lam={self.lam} must not be below 0")
+        if not 0 <= self.lam < math.inf:
+            raise OptionError(f"{self.name}: lam={self.lam} must be finite, 0 or above")
         _ = self.schedule
 
     @property
@@ -124,8 +126,9 @@ class PLADIS(Control):
         dense = call.proceed()
         if call.spans.keys("text") is None:
             return dense  # the image branch of an IP-Adapter or of Wan I2V
-        part = call.take(slice(None))
+        rows, heads = slice(None), head_indices(call)
+        part = call.take(rows, heads)
         k, v = part.repeat_kv(part.k), part.repeat_kv(part.v)
         sparse = sparse_attention(part.q, k, v, part.mask, part.scale)
-        lam = self.lam * call.heads.to(dense)[None, :, None, None]
-        return torch.where(lam > 0, torch.lerp(dense, sparse, lam), dense)
+        mine = dense if heads is None else dense[:, heads]
+        return put(dense, torch.lerp(mine, sparse, self.lam), rows, heads, call)

@@ -2,15 +2,16 @@
 
     Q' = G_sigma * Q   (2-D Gaussian over the token grid),   O' = softmax(Q' K^T / sqrt(d)) V
 
-With sigma -> inf every query becomes the mean query. Kernel size ceil(6 sigma) made odd, at
-most the grid's size, reflected at the border; a sigma above 9999 is the infinite limit.
+With sigma -> inf every query becomes the mean query, so that one row of attention is enough.
+Kernel size ceil(6 sigma) made odd, at most the grid's size, reflected at the border; a sigma
+above 9999 is the infinite limit.
 
 References:
     Hong, "Smoothed Energy Guidance", NeurIPS 2024 (arXiv 2408.00760), eq. 9 and appendix.
 
 Defaults: scale 3; the official SDXL example uses the mid block with sigma 100. Deviation: the
-official code takes the grid to be square; here it is the true (h, w), frame by frame for
-video.
+official code takes the grid to be square; here it is the true (h, w). Video is blurred frame
+by frame, its infinite limit is the mean over all frames.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from attnctl.control import register
@@ -29,7 +29,7 @@ from attnctl.records import AttentionCall
 
 from .perturbed import PerturbedGuidance
 
-__all__ = ["SEG", "blur_queries"]
+__all__ = ["SEG", "blur_matrix", "blur_queries"]
 
 INFINITE = 9999.0
 
@@ -47,32 +47,33 @@ def blur_queries(q: Tensor, grid: tuple[int, int, int], sigma: float) -> Tensor:
     """
     if sigma > INFINITE:
         return q.mean(dim=2, keepdim=True).expand_as(q)
-    b, h, n, d = q.shape
-    frames, high, wide = grid
-    image = q.reshape(b, h, frames, high, wide, d).permute(0, 1, 2, 5, 3, 4)
-    image = image.reshape(-1, 1, high, wide)
-    for axis, size in ((2, high), (3, wide)):
-        image = _blur_axis(image, _kernel(sigma, size, q), axis)
-    image = image.reshape(b, h, frames, d, high, wide).permute(0, 1, 2, 4, 5, 3)
-    return image.reshape(b, h, n, d)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    rows, columns = (blur_matrix(sigma, n).to(q.device, wide) for n in grid[1:])
+    image = q.to(wide).unflatten(2, grid)  # [B, H, frames, height, width, D]
+    image = columns @ image
+    image = (rows @ image.flatten(4)).view(image.shape)
+    return image.flatten(2, 4).to(q.dtype)
 
 
-def _kernel(sigma: float, size: int, like: Tensor) -> Tensor:
-    """Return the normalised 1-D Gaussian, odd length, at most the axis (made odd upwards)."""
+def blur_matrix(sigma: float, size: int) -> Tensor:
+    """Return the 1-D Gaussian blur of an axis as a matrix.
+
+    Args:
+        sigma: standard deviation in tokens.
+        size: tokens along the axis.
+
+    Returns:
+        [size, size] in float64, rows sum to one: the kernel of odd length, at most the axis
+        (made odd upwards), centred on each token, with what lies outside reflected.
+    """
     length = math.ceil(6 * sigma)
     length = min(length + 1 - length % 2, size + 1 - size % 2)
-    x = torch.arange(length, device=like.device, dtype=torch.float32) - length // 2
-    weights = torch.exp(-0.5 * (x / sigma) ** 2)
-    return (weights / weights.sum()).to(like.dtype)
-
-
-def _blur_axis(image: Tensor, kernel: Tensor, axis: int) -> Tensor:
-    reach = len(kernel) // 2
-    if reach == 0:
-        return image
-    padding = (0, 0, reach, reach) if axis == 2 else (reach, reach, 0, 0)
-    shape = (1, 1, -1, 1) if axis == 2 else (1, 1, 1, -1)
-    return F.conv2d(F.pad(image, padding, mode="reflect"), kernel.view(shape))
+    offsets = torch.arange(length, dtype=torch.float64) - length // 2
+    weights = torch.exp(-0.5 * (offsets / sigma) ** 2)
+    at = (torch.arange(size)[:, None] + offsets.long()).abs()
+    at = torch.where(at >= size, 2 * (size - 1) - at, at)
+    matrix = torch.zeros(size, size, dtype=torch.float64)
+    return matrix.scatter_add_(1, at, (weights / weights.sum()).expand(size, -1))
 
 
 @register
@@ -105,9 +106,9 @@ class SEG(PerturbedGuidance):
             )
 
     def perturb(self, call: AttentionCall, out: Tensor) -> Tensor:
-        """Return attention with blurred queries."""
+        """Return attention with blurred queries; other rows stay as they are."""
         if self.tokens == "all":
-            return call.proceed(q=blur_queries(call.q, (1, 1, call.q.shape[2]), self.sigma))
+            return self._attend(call, slice(0, call.q.shape[2]), (1, 1, call.q.shape[2]))
         spans = call.spans
         image = spans.queries("image")
         if image is None or (spans.grid is None and self.sigma <= INFINITE):
@@ -116,6 +117,21 @@ class SEG(PerturbedGuidance):
                 'blurred; tokens="all" with sigma above 9999 works without it'
             )
         grid = spans.grid or (1, 1, image.stop - image.start)
-        q = call.q.clone()
-        q[:, :, image] = blur_queries(call.q[:, :, image], grid, self.sigma)
-        return call.proceed(q=q)
+        result = out.clone()
+        result[:, :, image] = self._attend(call, image, grid)
+        return result
+
+    def _attend(self, call: AttentionCall, at: slice, grid: tuple[int, int, int]) -> Tensor:
+        """Return the output [b, h, n, D] of the n queries `at`, blurred."""
+        q, mask = call.q[:, :, at], call.mask
+        own_rows = mask is not None and mask.ndim >= 2 and mask.shape[-2] > 1
+        new = blur_queries(q, grid, self.sigma)
+        if call.is_causal:
+            whole = call.q.clone()
+            whole[:, :, at] = new
+            return call.proceed(q=whole)[:, :, at]
+        if own_rows:
+            return call.proceed(q=new.contiguous(), mask=mask[..., at, :])
+        if self.sigma > INFINITE:  # all rows are the same
+            return call.proceed(q=new[:, :, :1]).expand(*q.shape[:3], -1)
+        return call.proceed(q=new)

@@ -2,8 +2,9 @@
 
     O' = 0
 
-Skip-layer guidance drops whole blocks of SD3.5 (blocks 7, 8, 9, scale 2.8, the first fifth of
-the steps). This is its analogue for single heads: the block's MLP and the other heads stay.
+Skip-layer guidance drops whole blocks of SD3.5 (blocks 7, 8, 9, scale 2.8, from 1 % to 20 % of
+the steps, so never the first one). This is its analogue for single heads: the block's MLP and
+the other heads stay.
 
 References:
     Stability AI, SD3.5 skip-layer guidance, 2024 (no paper); Hyung et al., "Spatiotemporal Skip
@@ -32,6 +33,7 @@ class SLG(PerturbedGuidance):
     """Skip guidance on heads; options as in `PerturbedGuidance`."""
 
     scale: float = 2.8
+    start: float = 0.01
     stop: float = 0.2
 
     name: ClassVar[str] = "slg"

@@ -2,6 +2,8 @@
 
     A'_ij = 1 / N over the keys that row i may see,   so   O'_i = mean of V
 
+An additive mask stays as it is: finite biases in it (most models have none) still count.
+
 References:
     Ahn et al., "Where and How to Perturb", 2025 (arXiv 2506.10978), "UG".
 """
@@ -31,7 +33,7 @@ class UniformGuidance(PerturbedGuidance):
 
     def perturb(self, call: AttentionCall, out: Tensor) -> Tensor:
         """Return the mean of the values each query may see."""
-        if call.mask is None:
-            return call.repeat_kv(call.v).mean(dim=2, keepdim=True).expand_as(out)
+        if call.mask is None and not call.is_causal:
+            return call.repeat_kv(call.v.mean(dim=2, keepdim=True)).expand_as(out)
         # zero queries give equal logits, so the mask alone decides
         return call.proceed(q=torch.zeros_like(call.q))

@@ -1,0 +1,295 @@
+"""Draw a picture, with controls or without, and keep the record of how it was made."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import inspect
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL.Image import Image
+
+import attnctl
+from attnctl.errors import HostError, OptionError
+from attnctl.hosts.adopt import original_class
+
+from .control_syntax import control_text, options_text, parse_control
+from .models import load, model_name
+from .pictures import side_by_side, write_png
+
+__all__ = ["Chosen", "Result", "Settings", "choose", "generate"]
+
+RECOMMENDED: dict[str, dict[str, Any]] = {"tiny-sd3": {"steps": 28, "guidance_scale": 3.0}}
+"""Settings of the shipped models, where their pipeline's own are not meant for them."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to draw. None leaves the choice to the model.
+
+    Args:
+        negative_prompt: what to keep out, for pipelines with classifier-free guidance.
+        seed: seed of the noise, drawn on the CPU whatever the device.
+        steps: denoising steps, at least 1.
+        guidance_scale: scale of classifier-free guidance, as the pipeline counts it.
+        height: in pixels.
+        width: in pixels.
+    """
+
+    negative_prompt: str | None = None
+    seed: int = 0
+    steps: int | None = None
+    guidance_scale: float | None = None
+    height: int | None = None
+    width: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**63:
+            raise OptionError(f"seed {self.seed} is outside 0 to 2^63 - 1")
+        for name in ("steps", "height", "width"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise OptionError(f"{name} {value} must be at least 1")
+        if self.guidance_scale is not None and not abs(self.guidance_scale) < 1e6:
+            raise OptionError(f"guidance scale {self.guidance_scale} is no usable number")
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A control, and the preset it came from (None if from plain options)."""
+
+    control: attnctl.Control
+    preset: Any = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Every option."""
+        return {f.name: getattr(self.control, f.name) for f in dataclasses.fields(self.control)}
+
+    @property
+    def changed(self) -> dict[str, Any]:
+        """The options that differ from the control's defaults."""
+        fields = dataclasses.fields(self.control)
+        return {f.name: self.options[f.name] for f in fields if self._differs(f)}
+
+    def _differs(self, f: dataclasses.Field[Any]) -> bool:
+        value = self.options[f.name]
+        factory = f.default_factory
+        default = f.default if factory is dataclasses.MISSING else factory()
+        return value is not default and value != default
+
+    def __str__(self) -> str:
+        return control_text(self.control.name, self.changed)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was drawn.
+
+    Args:
+        images: by name: "stock" without controls, "controlled" with them; both if compared.
+        metadata: JSON values that say how it was made.
+        chosen: the controls.
+        report: what they touched, None without controls.
+    """
+
+    images: dict[str, Image]
+    metadata: dict[str, Any]
+    chosen: tuple[Chosen, ...] = ()
+    report: attnctl.Report | None = None
+    captions: dict[str, str] = field(default_factory=dict)
+
+    def picture(self) -> Image:
+        """Return the picture, or both side by side if two were drawn."""
+        if len(self.images) == 1:
+            return next(iter(self.images.values()))
+        m = self.metadata
+        guidance = "" if m["guidance_scale"] is None else f", guidance {m['guidance_scale']:g}"
+        return side_by_side(
+            list(self.images.values()),
+            [self.captions[name] for name in self.images],
+            title=m["prompt"],
+            subtitle=f"{m['model']}, seed {m['seed']}, {m['steps']} steps{guidance}",
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write `picture()` as PNG with the metadata.
+
+        Raises:
+            PictureError: if that is not possible.
+        """
+        write_png(self.picture(), Path(path), self.metadata)
+
+
+def generate(
+    prompt: str,
+    *controls: attnctl.Control | Chosen | str,
+    model: Any = "tiny-sd3",
+    settings: Settings | None = None,
+    compare: bool = False,
+    device: str = "auto",
+    dtype: str = "auto",
+) -> Result:
+    """Draw a picture.
+
+    Args:
+        prompt: what to draw.
+        *controls: the stack, outermost first, as objects or as text such as "softpag:u=0.5";
+            a text without options takes the model's preset if there is one.
+        model: a shipped model's name, a folder, a hub id, or a pipeline that is loaded.
+        settings: seed, steps and so on.
+        compare: draw also without the controls, from the same noise.
+        device: for a model to be loaded: "auto", "cpu" or "cuda".
+        dtype: for a model to be loaded: "auto", "float32", "float16" or "bfloat16".
+
+    Raises:
+        AttnctlError: if the model, a control or a setting cannot be used.
+    """
+    if compare and not controls:
+        raise OptionError("to compare, give at least one control")
+    pipe = load(str(model), device, dtype) if isinstance(model, (str, Path)) else model
+    settings = _recommended(settings or Settings(), model_name(pipe))
+    arguments = _arguments(pipe, prompt, settings)
+    chosen = tuple(choose(pipe, control) for control in controls)
+    images, report = {}, None
+    if chosen:
+        with attnctl.patch(pipe, *(c.control for c in chosen)) as handle:
+            images["controlled"] = _draw(pipe, arguments, settings.seed, "controlled")
+            report = handle.report()
+    if compare or not chosen:
+        images = {"stock": _draw(pipe, arguments, settings.seed, "stock"), **images}
+    captions = {"stock": "stock", "controlled": " + ".join(map(_caption, chosen))}
+    metadata = _metadata(pipe, arguments, settings.seed, chosen, images, report)
+    return Result(images, metadata, chosen, report, captions)
+
+
+def choose(target: Any, control: attnctl.Control | Chosen | str) -> Chosen:
+    """Return a control for a model: text without options takes the model's preset.
+
+    Raises:
+        OptionError: if the text does not describe a control.
+    """
+    if isinstance(control, Chosen):
+        return control
+    if not isinstance(control, str):
+        return Chosen(control)
+    plain = parse_control(control)
+    if ":" in control:
+        return Chosen(plain)
+    from attnctl.presets import find
+
+    try:
+        preset = find(plain.name, target)
+    except OptionError:
+        return Chosen(plain)
+    return Chosen(type(plain).for_model(target, preset.name), preset)
+
+
+def _recommended(settings: Settings, model: str) -> Settings:
+    values = RECOMMENDED.get(model, {})
+    unset = {key: value for key, value in values.items() if getattr(settings, key) is None}
+    return dataclasses.replace(settings, **unset)
+
+
+def _arguments(pipe: Any, prompt: str, settings: Settings) -> dict[str, Any]:
+    """Return the pipeline's arguments, with its own defaults written out."""
+    cls = original_class(pipe)
+    known, kind = inspect.signature(cls.__call__).parameters, cls.__name__
+    if "prompt" not in known or "num_inference_steps" not in known:
+        raise HostError(f"{kind} does not draw from a prompt")
+    if "num_frames" in known:
+        raise HostError(f"{kind} makes videos; only pictures can be drawn so far")
+    given = {
+        "num_inference_steps": settings.steps,
+        "guidance_scale": settings.guidance_scale,
+        "negative_prompt": settings.negative_prompt,
+        "height": settings.height,
+        "width": settings.width,
+    }
+    arguments: dict[str, Any] = {"prompt": prompt}
+    for key, value in given.items():
+        default = known[key].default if key in known else None
+        if value is not None and key not in known:
+            raise OptionError(f"{kind} takes no {key.replace('_', ' ')}")
+        if value is not None or default not in (None, inspect.Parameter.empty):
+            arguments[key] = default if value is None else value
+    return arguments
+
+
+def _draw(pipe: Any, arguments: Mapping[str, Any], seed: int, name: str) -> Image:
+    before = dict(getattr(pipe, "_progress_bar_config", {}))
+    pipe.set_progress_bar_config(**{"desc": f"{name:>10}", **before})
+    try:
+        generator = torch.Generator("cpu").manual_seed(seed)
+        image: Image = pipe(**arguments, generator=generator).images[0]
+        return image
+    finally:
+        pipe.set_progress_bar_config(**before)
+
+
+def _caption(chosen: Chosen) -> str:
+    return f"{chosen.control.name} {options_text(chosen.changed, '  ')}".strip()
+
+
+def _metadata(
+    pipe: Any,
+    arguments: Mapping[str, Any],
+    seed: int,
+    chosen: Sequence[Chosen],
+    images: Mapping[str, Image],
+    report: attnctl.Report | None,
+) -> dict[str, Any]:
+    image = next(iter(images.values()))
+    return {
+        "prompt": arguments["prompt"],
+        "negative_prompt": arguments.get("negative_prompt"),
+        "model": model_name(pipe),
+        "pipeline": original_class(pipe).__name__,
+        "scheduler": original_class(pipe.scheduler).__name__,
+        "controls": [_control_data(c) for c in chosen],
+        "seed": seed,
+        "steps": arguments.get("num_inference_steps"),
+        "guidance_scale": arguments.get("guidance_scale"),
+        "height": image.height,
+        "width": image.width,
+        "dtype": str(pipe.dtype).removeprefix("torch."),
+        "device": pipe.device.type,
+        "pictures": list(images),
+        "versions": _versions(("attnctl", "torch", "diffusers", "transformers")),
+        "report": [_line_data(line) for line in report.lines] if report else [],
+    }
+
+
+def _control_data(chosen: Chosen) -> dict[str, Any]:
+    return {
+        "name": chosen.control.name,
+        "text": str(chosen),
+        "options": {key: _plain(value) for key, value in chosen.options.items()},
+        "preset": chosen.preset.name if chosen.preset else None,
+    }
+
+
+def _line_data(line: Any) -> dict[str, Any]:
+    data = {f.name: _plain(getattr(line, f.name)) for f in dataclasses.fields(line)}
+    return {**data, "control": line.control.name}
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as JSON can hold it."""
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, torch.Tensor):
+        return f"tensor {list(value.shape)}"
+    if isinstance(value, Iterable) and not isinstance(value, str):
+        return [_plain(v) for v in value]
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
+
+
+def _versions(packages: Iterable[str]) -> dict[str, str]:
+    found = {name: importlib.metadata.version(name) for name in packages}
+    return {**found, "python": platform.python_version()}

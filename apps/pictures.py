@@ -1,0 +1,231 @@
+"""Pictures in and out: PNG metadata, safe writing, and sheets of pictures side by side."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
+
+from attnctl.errors import AttnctlError
+
+__all__ = [
+    "PictureError",
+    "check_output",
+    "free_name",
+    "parameters_text",
+    "read_metadata",
+    "side_by_side",
+    "write_png",
+]
+
+KEY = "attnctl"
+"""PNG text key of our JSON."""
+PLAIN_KEY = "parameters"
+"""PNG text key that web UIs read."""
+
+_SMALLEST = 320
+_PAPER, _INK, _FAINT = "white", "black", (96, 96, 96)
+_LINES = 4
+
+
+class PictureError(AttnctlError):
+    """A picture cannot be read, or not be written where it should be."""
+
+
+# ---- files
+
+
+def check_output(path: Path) -> Path:
+    """Return where a picture will lie, once it is sure that it can be written there.
+
+    Raises:
+        PictureError: if it cannot, or is no .png.
+    """
+    path = path.expanduser()
+    if path.suffix.lower() != ".png":
+        raise PictureError(f"the output {path} must end in .png")
+    target = path.resolve()
+    if target.is_dir():
+        raise PictureError(f"the output {path} is a folder")
+    if not target.parent.is_dir():
+        raise PictureError(f"the output folder {target.parent} does not exist")
+    if target.exists() and not os.access(target, os.W_OK):
+        raise PictureError(f"the output {path} exists and is write-protected")
+    try:
+        with tempfile.TemporaryFile(dir=target.parent):
+            pass
+    except OSError as error:
+        raise PictureError(
+            f"cannot write into the folder {target.parent}: {error.strerror or error}"
+        ) from error
+    return path
+
+
+def free_name(folder: Path = Path(), stem: str = "attnctl") -> Path:
+    """Return the first of attnctl-001.png, attnctl-002.png, ... that does not exist."""
+    names = (folder / f"{stem}-{i:03}.png" for i in count(1))
+    return next(name for name in names if not name.exists())
+
+
+def write_png(image: Image.Image, path: Path, metadata: Mapping[str, Any]) -> None:
+    """Write a picture with its metadata, completely or not at all.
+
+    Args:
+        image: the picture.
+        path: where to; an existing file is replaced.
+        metadata: JSON values, kept under the key "attnctl", and in short under "parameters".
+
+    Raises:
+        PictureError: if it cannot be written.
+    """
+    info = PngImagePlugin.PngInfo()
+    info.add_text(KEY, json.dumps(metadata))
+    info.add_text(PLAIN_KEY, parameters_text(metadata))
+    target = path.expanduser().resolve()
+    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        image.save(part, "PNG", pnginfo=info)
+        os.replace(part, target)
+    except OSError as error:
+        raise PictureError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink()
+
+
+def read_metadata(path: str | Path) -> dict[str, Any]:
+    """Return the metadata that `write_png` put into a picture.
+
+    Raises:
+        PictureError: if there is no such picture, or it holds none.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+            text = getattr(image, "text", {}).get(KEY)
+    except UnidentifiedImageError:
+        raise PictureError(f"{path} is no picture") from None
+    except (OSError, ValueError, SyntaxError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise PictureError(f"cannot read {path}: {reason}") from error
+    try:
+        data = json.loads(text or "null")
+    except ValueError:
+        data = None
+    if not isinstance(data, dict):
+        raise PictureError(f"{path} holds no metadata of attnctl")
+    return data
+
+
+def parameters_text(metadata: Mapping[str, Any]) -> str:
+    """Return the settings as web UIs write and read them."""
+    lines = [str(metadata["prompt"])]
+    if metadata.get("negative_prompt"):
+        lines.append(f"Negative prompt: {metadata['negative_prompt']}")
+    controls = " ".join(c["text"] for c in metadata["controls"])
+    values = {
+        "Steps": metadata["steps"],
+        "Sampler": metadata["scheduler"].removesuffix("Scheduler"),
+        "CFG scale": metadata["guidance_scale"],
+        "Seed": metadata["seed"],
+        "Size": f"{metadata['width']}x{metadata['height']}",
+        "Model": metadata["model"],
+        "Controls": controls or None,
+        "Version": f"attnctl {metadata['versions']['attnctl']}",
+    }
+    lines.append(", ".join(f"{k}: {_quoted(v)}" for k, v in values.items() if v is not None))
+    return "\n".join(lines)
+
+
+def _quoted(value: Any) -> str:
+    text = str(value)
+    return json.dumps(text) if any(c in text for c in ',:\n"') else text
+
+
+# ---- sheets
+
+
+def side_by_side(
+    images: Sequence[Image.Image], captions: Sequence[str], title: str, subtitle: str = ""
+) -> Image.Image:
+    """Return the pictures in one row, a caption under each, a title over all.
+
+    Small pictures are enlarged by a whole factor, without smoothing, to 320 pixels or more.
+
+    Args:
+        images: pictures of one size.
+        captions: one text for each; wrapped, at most four lines.
+        title: first line.
+        subtitle: second line, in grey.
+    """
+    shown = [_enlarged(image) for image in images]
+    wide, high = shown[0].size
+    font = _font(max(15, wide // 28))
+    gap = int(_line_height(font))
+    across = len(shown) * (wide + gap) - gap
+    heads = [(line, _INK) for line in _wrapped(title, font, across, 2)]
+    heads += [(line, _FAINT) for line in _wrapped(subtitle, font, across, 1)]
+    feet = [_wrapped(caption, font, wide, _LINES) for caption in captions]
+    top = gap + len(heads) * gap + gap // 3
+    size = (across + 2 * gap, top + high + gap // 3 + max(map(len, feet)) * gap + gap)
+    sheet = Image.new("RGB", size, _PAPER)
+    pen = ImageDraw.Draw(sheet)
+    for i, (line, ink) in enumerate(heads):
+        pen.text((gap, gap * (i + 0.7)), line, fill=ink, font=font)
+    for i, (image, lines) in enumerate(zip(shown, feet, strict=True)):
+        left = gap + i * (wide + gap)
+        sheet.paste(image, (left, top))
+        for j, line in enumerate(lines):
+            pen.text((left, top + high + gap // 3 + j * gap), line, fill=_INK, font=font)
+    return sheet
+
+
+def _enlarged(image: Image.Image) -> Image.Image:
+    factor = max(1, -(-_SMALLEST // min(image.size)))
+    size = (image.width * factor, image.height * factor)
+    return image.convert("RGB").resize(size, Image.Resampling.NEAREST)
+
+
+def _font(size: int) -> Any:
+    try:
+        return ImageFont.load_default(size)
+    except ImportError:  # Pillow built without FreeType: one small size only
+        return ImageFont.load_default()
+
+
+def _line_height(font: Any) -> float:
+    return 1.25 * sum(font.getmetrics()) if hasattr(font, "getmetrics") else 14.0
+
+
+def _wrapped(text: str, font: Any, width: int, most: int) -> list[str]:
+    """Break a text into lines that fit; what is too much ends in dots."""
+    lines: list[str] = []
+    for word in text.split():
+        joined = f"{lines[-1]} {word}" if lines else word
+        if lines and font.getlength(joined) <= width:
+            lines[-1] = joined
+        else:
+            lines += _pieces(word, font, width)
+    if len(lines) <= most:
+        return lines
+    last = lines[most - 1]
+    while last and font.getlength(last + "...") > width:
+        last = last[:-1]
+    return [*lines[: most - 1], last + "..."]
+
+
+def _pieces(word: str, font: Any, width: int) -> list[str]:
+    """Cut a word that is wider than a line."""
+    pieces = [""]
+    for letter in word:
+        if pieces[-1] and font.getlength(pieces[-1] + letter) > width:
+            pieces.append("")
+        pieces[-1] += letter
+    return pieces

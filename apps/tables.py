@@ -1,0 +1,66 @@
+"""Plain text tables and paragraphs that fit the terminal."""
+
+from __future__ import annotations
+
+import shutil
+import textwrap
+from collections.abc import Sequence
+
+__all__ = ["paragraph", "shortened", "table", "terminal_width"]
+
+
+def terminal_width() -> int:
+    """Columns of the terminal, 80 if unknown."""
+    return max(40, shutil.get_terminal_size((80, 24)).columns)
+
+
+def shortened(text: str, width: int) -> str:
+    """Return a text of at most `width` letters; what is too much is left out in the middle."""
+    if len(text) <= width:
+        return text
+    left = (width - 3) // 3
+    return f"{text[:left]}...{text[len(text) - (width - 3 - left) :]}"
+
+
+def paragraph(text: str, width: int, first: str = "", rest: str | None = None) -> str:
+    """Return a text wrapped to a width.
+
+    Args:
+        text: the text.
+        width: letters per line.
+        first: put before the first line.
+        rest: put before the others; None for blanks as wide as `first`.
+    """
+    return textwrap.fill(
+        text,
+        width,
+        initial_indent=first,
+        subsequent_indent=" " * len(first) if rest is None else rest,
+        break_on_hyphens=False,
+    )
+
+
+def table(
+    heads: Sequence[str], rows: Sequence[Sequence[object]], width: int | None, right: str = ""
+) -> str:
+    """Return rows in columns.
+
+    Args:
+        heads: the column heads; the last column gets the room that is left.
+        rows: the cells.
+        width: letters per line; None to let the last column be as long as it is.
+        right: for each column "r" to align right, anything else for left.
+    """
+    cells = [[str(c) for c in row] for row in (heads, *rows)]
+    wide = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    if width is not None:
+        wide[-1] = max(8, min(wide[-1], width - sum(wide[:-1]) - 2 * (len(wide) - 1)))
+    sides = right.ljust(len(wide))
+    lines = []
+    for row in cells:
+        parts = [
+            cell.rjust(w) if side == "r" else shortened(cell, w).ljust(w)
+            for cell, w, side in zip(row, wide, sides, strict=True)
+        ]
+        lines.append("  ".join(parts).rstrip())
+    return "\n".join(lines)
