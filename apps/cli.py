@@ -89,42 +89,46 @@ def top(
         raise typer.Exit
 
 
-Model = Annotated[
-    str, typer.Argument(help="A shipped model (tiny-sd3), a folder, or a hub id (org/name).")
-]
+_MODEL = "A shipped model (tiny-sd3), a folder, or a hub id (org/name)."
+_CONTROL = (
+    "A control, such as softpag:u=0.5,heads=L1H2; repeat for more. Without options: the preset "
+    "for the model. `attnctl controls` lists them."
+)
+_OUT = "The PNG to write; default: attnctl-001.png or the next free name."
 
 
 @app.command()
 def generate(
-    prompt: Annotated[str, typer.Argument(help="What to draw.")],
-    model: Annotated[
-        str, typer.Option(help="A shipped model, a folder, or a hub id (org/name).")
-    ] = "tiny-sd3",
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to draw.")],
+    model: Annotated[str, typer.Option(metavar="MODEL", help=_MODEL)] = "tiny-sd3",
     control: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME[:key=value,...]",
-            help="A control, such as softpag:u=0.5,heads=L1H2; again for more. Without "
-            "options: the preset for the model. `attnctl controls` lists them.",
-        ),
+        list[str] | None, typer.Option(metavar="NAME[:KEY=VALUE,...]", help=_CONTROL)
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
-    steps: Annotated[int | None, typer.Option(help="Steps; default: the model's.")] = None,
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed of the noise.")] = 0,
+    steps: Annotated[
+        int | None, typer.Option(metavar="N", help="Steps; default: the model's.")
+    ] = None,
     guidance_scale: Annotated[
-        float | None, typer.Option(help="Classifier-free guidance; default: the model's.")
+        float | None,
+        typer.Option(metavar="G", help="Classifier-free guidance; default: the model's."),
     ] = None,
-    negative_prompt: Annotated[str | None, typer.Option(help="What to keep out.")] = None,
-    height: Annotated[int | None, typer.Option(help="Pixels; default: the model's.")] = None,
-    width: Annotated[int | None, typer.Option(help="Pixels; default: the model's.")] = None,
-    dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    negative_prompt: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="What to keep out.")
+    ] = None,
+    height: Annotated[
+        int | None, typer.Option(metavar="PIXELS", help="Default: the model's.")
+    ] = None,
+    width: Annotated[
+        int | None, typer.Option(metavar="PIXELS", help="Default: the model's.")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(metavar="TYPE", help="auto, float32, float16 or bfloat16.")
+    ] = "auto",
+    device: Annotated[str, typer.Option(metavar="NAME", help="auto, cpu or cuda.")] = "auto",
     compare: Annotated[
         bool, typer.Option("--compare", help="Draw without the controls too, side by side.")
     ] = False,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="The PNG to write; default: attnctl-001.png or the next free name."),
-    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help=_OUT)] = None,
 ) -> None:
     """Draw a picture from a prompt, with controls or without."""
     from .draw import Order, draw
@@ -142,31 +146,35 @@ def generate(
 
 @app.command()
 def sites(
-    model: Model,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL)],
     kind: Annotated[
-        str | None, typer.Option(help="Only this kind: self, cross, joint, text, linear, other.")
+        str | None, typer.Option(metavar="KIND", help="self, cross, joint, text, linear or other.")
     ] = None,
     select: Annotated[
-        str | None, typer.Option(help="Only what this selector names, such as L0-3H2.")
+        str | None,
+        typer.Option(metavar="SELECTOR", help="Only what this names, such as L0-3H2."),
     ] = None,
     wide: Annotated[bool, typer.Option("--wide", help="Do not shorten names.")] = False,
 ) -> None:
-    """List the attention sites of a model (its weights are not loaded)."""
+    """List the attention sites of a model, from its configuration alone."""
+    from .quiet import hush
     from .sites_table import KINDS, sites_text
+    from .tables import terminal_width
 
     if kind is not None and kind not in KINDS:
         raise typer.BadParameter(f"{kind!r} is not one of {', '.join(KINDS)}", param_hint="--kind")
-    from .models import skeleton
-    from .quiet import hush
-    from .tables import terminal_width
+    from .models import local_folder, skeleton
 
+    local_folder(model)
     hush(note)
     print(sites_text(skeleton(model), kind, select, None if wide else terminal_width()))
 
 
 @app.command()
 def controls(
-    name: Annotated[str | None, typer.Argument(help="Show this one in detail.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="Show this one in detail.")
+    ] = None,
 ) -> None:
     """List the controls and their options."""
     import attnctl
@@ -179,7 +187,7 @@ def controls(
 
 
 @app.command()
-def show(file: Annotated[Path, typer.Argument(help="A PNG that attnctl wrote.")]) -> None:
+def show(file: Annotated[Path, typer.Argument(metavar="FILE", help="A PNG of attnctl.")]) -> None:
     """Print how a picture was made."""
     import json
 

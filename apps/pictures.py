@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import tempfile
+import unicodedata
 from collections.abc import Mapping, Sequence
 from itertools import count
 from pathlib import Path
@@ -14,6 +15,8 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
 
 from attnctl.errors import AttnctlError
+
+from .tables import breakable
 
 __all__ = [
     "PictureError",
@@ -33,6 +36,7 @@ PLAIN_KEY = "parameters"
 _SMALLEST = 320
 _PAPER, _INK, _FAINT = "white", "black", (96, 96, 96)
 _LINES = 4
+_SYSTEM_FONTS = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "Arial.ttf", "arial.ttf")
 
 
 class PictureError(AttnctlError):
@@ -167,15 +171,16 @@ def side_by_side(
     """
     shown = [_enlarged(image) for image in images]
     wide, high = shown[0].size
-    font = _font(max(15, wide // 28))
-    gap = int(_line_height(font))
+    size = max(15, wide // 28)
+    font, (title, subtitle, *captions) = _lettering(size, [title, subtitle, *captions])
+    gap = round(1.5 * size)
     across = len(shown) * (wide + gap) - gap
     heads = [(line, _INK) for line in _wrapped(title, font, across, 2)]
     heads += [(line, _FAINT) for line in _wrapped(subtitle, font, across, 1)]
-    feet = [_wrapped(caption, font, wide, _LINES) for caption in captions]
-    top = gap + len(heads) * gap + gap // 3
-    size = (across + 2 * gap, top + high + gap // 3 + max(map(len, feet)) * gap + gap)
-    sheet = Image.new("RGB", size, _PAPER)
+    feet = [_wrapped(breakable(caption, 24), font, wide, _LINES) for caption in captions]
+    top = gap * (1 + len(heads)) + gap // 3
+    foot = top + high + gap // 3
+    sheet = Image.new("RGB", (across + 2 * gap, foot + gap * (1 + max(map(len, feet)))), _PAPER)
     pen = ImageDraw.Draw(sheet)
     for i, (line, ink) in enumerate(heads):
         pen.text((gap, gap * (i + 0.7)), line, fill=ink, font=font)
@@ -183,7 +188,7 @@ def side_by_side(
         left = gap + i * (wide + gap)
         sheet.paste(image, (left, top))
         for j, line in enumerate(lines):
-            pen.text((left, top + high + gap // 3 + j * gap), line, fill=_INK, font=font)
+            pen.text((left, foot + j * gap), line, fill=_INK, font=font)
     return sheet
 
 
@@ -193,15 +198,24 @@ def _enlarged(image: Image.Image) -> Image.Image:
     return image.convert("RGB").resize(size, Image.Resampling.NEAREST)
 
 
-def _font(size: int) -> Any:
-    try:
-        return ImageFont.load_default(size)
-    except ImportError:  # Pillow built without FreeType: one small size only
-        return ImageFont.load_default()
+def _lettering(size: int, texts: Sequence[str]) -> tuple[Any, list[str]]:
+    """Return a font, and the texts in letters that it has.
+
+    The built-in font has ASCII only; for more, a font of the system is used if there is one,
+    else accents are dropped and other letters become "?".
+    """
+    with contextlib.suppress(ImportError):  # Pillow built without FreeType: one small size only
+        for name in () if all(map(str.isascii, texts)) else _SYSTEM_FONTS:
+            with contextlib.suppress(OSError):
+                return ImageFont.truetype(name, size), list(texts)
+        return ImageFont.load_default(size), list(map(_ascii, texts))
+    return ImageFont.load_default(), list(map(_ascii, texts))
 
 
-def _line_height(font: Any) -> float:
-    return 1.25 * sum(font.getmetrics()) if hasattr(font, "getmetrics") else 14.0
+def _ascii(text: str) -> str:
+    letters = unicodedata.normalize("NFKD", text)
+    plain = "".join(c for c in letters if not unicodedata.combining(c))
+    return plain.encode("ascii", "replace").decode()
 
 
 def _wrapped(text: str, font: Any, width: int, most: int) -> list[str]:

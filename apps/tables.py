@@ -6,7 +6,7 @@ import shutil
 import textwrap
 from collections.abc import Sequence
 
-__all__ = ["paragraph", "shortened", "table", "terminal_width"]
+__all__ = ["breakable", "paragraph", "shortened", "table", "terminal_width"]
 
 
 def terminal_width() -> int:
@@ -32,12 +32,18 @@ def paragraph(text: str, width: int, first: str = "", rest: str | None = None) -
         rest: put before the others; None for blanks as wide as `first`.
     """
     return textwrap.fill(
-        text,
+        breakable(text, width // 2),
         width,
         initial_indent=first,
         subsequent_indent=" " * len(first) if rest is None else rest,
         break_on_hyphens=False,
     )
+
+
+def breakable(text: str, longest: int) -> str:
+    """Put blanks after the commas of words that are longer than `longest`."""
+    words = (w if len(w) <= longest else w.replace(",", ", ").strip() for w in text.split(" "))
+    return " ".join(words)
 
 
 def table(

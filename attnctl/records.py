@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["AttentionCall", "ForwardCall", "Rows", "Site", "Spans", "Step", "StepCall"]
 
+RowSlice = slice
 Kind = Literal["self", "cross", "joint", "text", "linear", "other"]
 
 
@@ -217,7 +218,7 @@ class AttentionCall:
         """Token spans and grid of this call."""
         return self.spans_of(self)
 
-    def slice(self, role: str) -> slice | None:
+    def slice(self, role: str) -> RowSlice | None:
         """Return the rows of this call's tensors that have `role`; None if there are none.
 
         A site may fold other axes into the batch (a multiple of the denoiser's rows, row
@@ -239,7 +240,7 @@ class AttentionCall:
             f"{self.site}: attention batch {batch} does not fit the denoiser's {self.rows}"
         )
 
-    def take(self, rows: slice, heads: Tensor | None = None) -> AttentionCall:
+    def take(self, rows: RowSlice, heads: Tensor | None = None) -> AttentionCall:
         """Return a call on some rows and heads of this one (views where possible).
 
         Args:

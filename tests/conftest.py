@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+
 ROOT = Path(__file__).resolve().parents[1]
+torch.set_num_threads(1)  # the models are tiny, and several workers share the cores
 sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != ROOT]
 
 

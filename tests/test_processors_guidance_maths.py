@@ -176,12 +176,14 @@ def perturbed_rows(
     dtype: torch.dtype = torch.float64,
     heads: list[int] | None = None,
     n: int = 2,
+    device: str = "cpu",
 ) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
     """Run `attend` on [uncond, cond, perturbed] x n; return (got, stock, oracle's arguments)."""
-    q, k, v = tensors(3 * n, 4, layout.tokens, 8, kv_heads=layout.kv_heads, dtype=dtype)
+    made = tensors(3 * n, 4, layout.tokens, 8, kv_heads=layout.kv_heads, dtype=dtype)
+    q, k, v = (t.to(device) for t in made)
     mask = mask_of(mask_kind, 3 * n, 4, layout.tokens)
-    if mask is not None and mask.dtype != torch.bool:
-        mask = mask.to(dtype)
+    if mask is not None:
+        mask = mask.to(device, torch.bool if mask.dtype == torch.bool else dtype)
     call = attention_call(
         q, k, v, kind=layout.kind, groups=GROUPS, heads=heads, mask=mask, spans=layout.spans
     )
@@ -236,6 +238,21 @@ def test_strength_mixes_the_maps_in_every_precision(case, u, dtype, heads):
         assert torch.equal(got[4:, chosen], v.repeat_interleave(2, 1)[:, chosen])
     if u == 1 and case == "slg":
         assert (got[4:, chosen] == 0).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mask", ["none", "keys"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_on_a_gpu(dtype, mask):
+    for name in ("self-63", "image-text", "text-image"):
+        for case, (control, oracle) in CASES.items():
+            control = replace(control, u=1.0)
+            layout = LAYOUTS[name]
+            got, stock, given = perturbed_rows(control, layout, mask, dtype, [0, 3], device="cuda")
+            on_cpu = [x.cpu() if isinstance(x, Tensor) else x for x in given]
+            assert torch.equal(got[:4], stock[:4]), case
+            error = (got[4:, [0, 3]].cpu().double() - oracle(*on_cpu)[:, [0, 3]]).abs().max()
+            assert error < (1e-5 if dtype is torch.float32 else 3e-2), (case, error)
 
 
 @pytest.mark.parametrize("case", ["pag-image", "pag-image_logit", "seg-0.7", "seg-inf", "tpg"])
@@ -670,6 +687,15 @@ def test_pladis_extrapolates_the_maps(dtype, lam, kv_heads, heads):
     assert torch.equal(got[:, others], stock[:, others])
     close(got[:, some], oracles.apply_map(mixed, v)[:, some], dtype)
     torch.testing.assert_close(mixed.sum(-1), torch.ones_like(mixed[..., 0]))
+
+
+@pytest.mark.parametrize("heads", [None, [1]])
+def test_pladis_around_another_control_adds_to_what_that_did(heads):
+    q, k, v = tensors(1, 2, 5, 8, keys=3)
+    spans = Spans((("image", 0, 5),), (("text", 0, 3),))
+    call = attention_call(q, k, v, kind="cross", spans=spans, heads=heads)
+    shifted = replace(call, rest=(Returns(lambda c: c.primitive() + 1),))
+    close(guidance.PLADIS().attend(shifted)[:, 1], guidance.PLADIS().attend(call)[:, 1] + 1)
 
 
 def test_pladis_leaves_image_prompts_alone():

@@ -38,7 +38,7 @@ def arms(scales: tuple[float, ...], layers: int) -> Iterator[Arm]:
         control = attnctl.SoftPAG(heads=f"L{layer}", scale=scales[-1], u=1.0)
         yield Arm(f"PAG layer {layer}, w={scales[-1]:g}", (control,))
     w = scales[-1]
-    others = {
+    others: dict[str, attnctl.Control] = {
         "SEG infinite": attnctl.SEG(scale=w),
         "SEG sigma 2": attnctl.SEG(scale=w, sigma=2.0),
         "uniform": attnctl.UniformGuidance(scale=w),
@@ -46,9 +46,9 @@ def arms(scales: tuple[float, ...], layers: int) -> Iterator[Arm]:
         "temperature 1e-5": attnctl.TemperatureGuidance(scale=w),
         "TPG": attnctl.TPG(scale=w),
     }
-    for name, control in others.items():
-        yield Arm(f"{name}, all layers, w={w:g}", (control,))
-        soft = type(control)(**{**vars(control), "u": 0.5})
+    for name, other in others.items():
+        yield Arm(f"{name}, all layers, w={w:g}", (other,))
+        soft = type(other)(**{**vars(other), "u": 0.5})
         yield Arm(f"{name}, all layers, w={w:g}, u=0.5", (soft,))
     placebo = shuffled(attnctl.SoftPAG(scale=w, u=0.5))
     yield Arm(f"placebo: neighbour's term, SoftPAG w={w:g}, u=0.5", (placebo,))

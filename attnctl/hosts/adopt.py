@@ -8,6 +8,7 @@ see no difference; copies, pickles and objects made by the subclass have the ori
 
 from __future__ import annotations
 
+import copyreg
 import functools
 import threading
 import types
@@ -42,12 +43,15 @@ class _Adopted:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Reduce to the original class, with nothing of ours in the state."""
-        make, args, *rest = super().__reduce_ex__(protocol)  # type: ignore[misc]
-        mine = type(self)
-        swapped = tuple(mine._attnctl_class if a is mine else a for a in args)
+        make, args, *rest = super().__reduce_ex__(protocol)
+        mine, stock = type(self), self._attnctl_class
+        if make is copyreg.__newobj__:  # type: ignore[attr-defined]
+            # pickle insists that this one gets the object's present class
+            make, args = copyreg._reconstructor, (stock, object, None)  # type: ignore[attr-defined]
+        args = tuple(stock if a is mine else a for a in args)
         if rest and isinstance(rest[0], dict):
             rest[0] = {k: v for k, v in rest[0].items() if not k.startswith(PREFIX)}
-        return (mine._attnctl_class if make is mine else make, swapped, *rest)
+        return (stock if make is mine else make, args, *rest)
 
 
 @functools.cache

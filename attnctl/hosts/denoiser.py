@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import sys
+import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import ControlConflict, HostError
+from ..errors import AttnctlWarning, ControlConflict, HostError
 from ..records import AttentionCall, ForwardCall, Rows, Spans, Step
 from ..sites import Sites
 from ..stack import Entry, check_conflicts
 from . import tap
 from .adopt import Uncopied, adopt, original_class, release
 from .batch import extend_inputs, take_inputs
+from .checkpoint import checkpointed
 from .families import Geometry, family_of, spans
 from .run import LOCAL, Run
 
 __all__ = ["Binding", "Forward", "binding_of"]
+
+DENOISERS = ("unet", "transformer", "transformer_2")
+"""Pipeline attributes that may hold a denoiser."""
 
 SLOT = "_attnctl"
 """Where a patched object keeps its binding; copies and pickles hold None there."""
@@ -46,12 +52,14 @@ class Binding(Uncopied):
         self.sites = sites
         self.modules = modules
         self.family = family_of(original_class(module))
-        self.signature = inspect.signature(original_class(module).forward)
+        kind: Any = original_class(module)
+        self.signature = inspect.signature(kind.forward)
         self.entries: list[Entry] = []
         self.hooked: dict[int, tap.SiteRef] = {}
         self.spaces: dict[int, dict[str, Any]] = {}
         self.bare = Run()
         self.compiled: list[nn.Module] = []
+        self.warned = False
 
     # -- attach and detach ---------------------------------------------------------------
 
@@ -81,7 +89,7 @@ class Binding(Uncopied):
     def remove(self, entries: list[Entry]) -> None:
         """Take entries out; the last one restores the denoiser exactly."""
         self.entries = [e for e in self.entries if e not in entries]
-        self._rehook()
+        self._rehook(strict=False)
         if not self.entries:
             for module in (self.module, *self.compiled):
                 release(module)
@@ -94,7 +102,7 @@ class Binding(Uncopied):
             adopt(module, DenoiserCalls)
             self.compiled.append(module)
 
-    def _rehook(self) -> None:
+    def _rehook(self, strict: bool = True) -> None:
         acting = [e for e in self.entries if e.attends and not e.control.neutral]
         wanted = {index for entry in acting for index in entry.selection}
         for index in set(self.hooked) - wanted:
@@ -104,21 +112,23 @@ class Binding(Uncopied):
             ref = tap.SiteRef(self, index)
             tap.hook(self.modules[index], ref)
             self.hooked[index] = ref
-        self.refresh()
+        self.refresh(strict)
 
-    def refresh(self) -> None:
-        """Follow processors that were replaced (IP-Adapter, fused projections)."""
+    def refresh(self, strict: bool = True) -> None:
+        """Follow processors that were replaced (IP-Adapter, fused projections).
+
+        Raises:
+            HostError: if `strict` and one of them cannot be controlled.
+        """
         wanted = {}
         for index in self.hooked:
             space = tap.name_space(self.modules[index].processor)
-            if space is None:
+            if space is not None:
+                wanted[id(space)] = space
+            elif strict:
                 raise HostError(_bypasses(self.sites[index].name, self.modules[index].processor))
-            wanted[id(space)] = space
-        for key in set(self.spaces) - set(wanted):
-            tap.unpatch_names(self.spaces.pop(key))
-        for key in set(wanted) - set(self.spaces):
-            tap.patch_names(wanted[key])
-            self.spaces[key] = wanted[key]
+        if wanted.keys() != self.spaces.keys():
+            tap.exchange_names(self.spaces, wanted)
 
     def _check_processors(self, entry: Entry) -> None:
         if not entry.attends:
@@ -180,9 +190,24 @@ class Binding(Uncopied):
                 "the compiled one: attnctl.patch(torch.compile(model), ...)"
             )
 
+    def _warn_outside(self) -> None:
+        """Say once that a pipeline's controls do not act on calls by hand."""
+        acting = any(not e.control.neutral for e in self.entries)
+        if self.warned or not acting or LOCAL.run is not None or _in_pipeline(self.module):
+            return
+        self.warned = True
+        warnings.warn(
+            f"this {original_class(self.module).__name__} was patched through a pipeline, so the "
+            "controls act only in calls of that pipeline, not in this call by hand; patch the "
+            "module itself for that: attnctl.patch(pipe.transformer, ...)",
+            AttnctlWarning,
+            stacklevel=6,
+        )
+
     def _call(self, stock: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         run, entries = self.current_run()
         if not entries:
+            self._warn_outside()
             return stock(*args, **kwargs)
         inputs = self.name_inputs(args, kwargs)
         sample = next(iter(inputs.values()))
@@ -197,8 +222,31 @@ class Binding(Uncopied):
         active = [e for e in entries if e.active(step)]
         if not active:
             return stock(*args, **kwargs)
+        self._check_cache(active)
         self.refresh()
         return Forward(self, run, step, active, stock).call(inputs, rows)
+
+
+def _in_pipeline(module: nn.Module) -> bool:
+    """Whether some caller is a method of a pipeline that holds this denoiser.
+
+    An unpatched pipeline that shares a denoiser cannot be told from a call by hand otherwise.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        names = frame.f_code.co_varnames[: min(2, frame.f_code.co_argcount)]
+        for name in names:  # self, and for Modular blocks the components
+            holder = frame.f_locals.get(name)
+            if hasattr(holder, "scheduler") and any(
+                getattr(m, "_orig_mod", m) is module for m in _held(holder)
+            ):
+                return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
+def _held(holder: Any) -> list[Any]:
+    return [getattr(holder, name, None) for name in DENOISERS]
 
 
 def _bypasses(site: str, processor: Any) -> str:
@@ -229,14 +277,17 @@ class DenoiserCalls:
     def cache_context(self, name: str, *args: Any, **kwargs: Any) -> Iterator[None]:
         """Note which branch (cond, uncond) the pipeline says it runs."""
         run = LOCAL.run
-        if run is not None:
-            run.branch = name
+        if LOCAL.forward is not None or run is None:  # our own, for a pass of extra rows
+            with super().cache_context(name, *args, **kwargs):  # type: ignore[misc]
+                yield
+            return
+        run.branch, run.cache_context = name, (args, kwargs)
         try:
             with super().cache_context(name, *args, **kwargs):  # type: ignore[misc]
                 yield
         finally:
-            if run is not None:
-                run.branch = None
+            run.branch = None
+            run.cache.pop("reentered", None)
 
 
 @dataclass(eq=False)
@@ -289,11 +340,10 @@ class Forward:
 
     def _model(self, call: ForwardCall) -> Tensor:
         """Run the model itself, with the attention plane switched on."""
-        self.rows, self.inputs = call.rows, call.inputs
         before = LOCAL.forward
-        LOCAL.forward = self
+        LOCAL.forward = this = replace(self, rows=call.rows, inputs=call.inputs)
         try:
-            with self._own_cache(call):
+            with self._own_cache(call), checkpointed(self.binding.module, this):
                 out = self.stock(**call.inputs)
         finally:
             LOCAL.forward, LOCAL.ref, LOCAL.site = before, None, None
@@ -303,14 +353,22 @@ class Forward:
     @contextlib.contextmanager
     def _own_cache(self, call: ForwardCall) -> Iterator[None]:
         """Give a pass of extra rows its own cache state, where a diffusers cache is on."""
-        branch = self.run.branch
         if not call.cached or {"cond", "uncond"} & set(call.rows.groups):
             yield
             return
-        with self.binding.module.cache_context(call.rows.groups[0]):  # type: ignore[operator]
-            yield
-        if branch is not None:  # contexts of diffusers do not nest: enter the outer one again
-            self.binding.module.cache_context(branch).__enter__()  # type: ignore[operator]
+        module: Any = self.binding.module
+        args, kwargs = self.run.cache_context
+        self.run.cache.pop("reentered", None)
+        try:
+            with module.cache_context(call.rows.groups[0], *args, **kwargs):
+                yield
+        finally:
+            if self.run.branch is not None:
+                # contexts of diffusers do not nest: enter the outer one again, and keep it,
+                # for it would be left when it is collected
+                outer = module.cache_context(self.run.branch, *args, **kwargs)
+                outer.__enter__()
+                self.run.cache["reentered"] = outer
 
     # -- attention plane -----------------------------------------------------------------
 
@@ -334,7 +392,7 @@ class Forward:
         module = self.binding.modules[call.site.index]
         # Wan I2V attends to its image first; IP-Adapter comes after the text
         image_first = getattr(module, "add_k_proj", None) is not None
-        role = "ip" if call.index == (0 if image_first else 1) else "text"
+        role = "ip" if (call.index == 0) == image_first else "text"
         return spans(
             self.binding.family, call.site, self.geometry, call.q.shape[2], call.k.shape[2], role
         )

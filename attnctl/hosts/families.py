@@ -83,7 +83,7 @@ def shapes_grid(config: Any, inputs: Inputs) -> Geometry:
 def named_grid(config: Any, inputs: Inputs) -> Geometry:
     """Packed tokens with the latent size as plain arguments."""
     frames, high, wide = (inputs.get(k) for k in ("num_frames", "height", "width"))
-    return Geometry(None if high is None else (frames or 1, high, wide))
+    return Geometry((frames or 1, high, wide) if high and wide else None)
 
 
 def no_grid(config: Any, inputs: Inputs) -> Geometry:

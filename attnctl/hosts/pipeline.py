@@ -13,7 +13,7 @@ from ..errors import HostError
 from ..records import Rows, StepCall
 from ..stack import Entry
 from .adopt import Uncopied, adopt, original_class, release
-from .denoiser import SLOT, Binding, binding_of
+from .denoiser import DENOISERS, SLOT, Binding, binding_of
 from .families import family_of
 from .run import LOCAL, Run, batch_of
 
@@ -21,9 +21,6 @@ if TYPE_CHECKING:
     from .denoiser import Forward
 
 __all__ = ["DENOISERS", "PipelineBinding", "before_first_step", "denoisers"]
-
-DENOISERS = ("unet", "transformer", "transformer_2")
-"""Pipeline attributes that may hold a denoiser."""
 
 
 def denoisers(pipe: Any) -> dict[str, torch.nn.Module]:

@@ -56,6 +56,7 @@ class Run:
     given_steps: int = 0
     index: int = 0
     branch: str | None = None
+    cache_context: tuple[Any, Any] = ((), {})
     calls_in_step: int = 0
     states: dict[int, Any] = field(default_factory=dict)
     cache: dict[Any, Any] = field(default_factory=dict)

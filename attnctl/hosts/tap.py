@@ -37,7 +37,15 @@ from .run import LOCAL
 if TYPE_CHECKING:
     from .denoiser import Binding
 
-__all__ = ["SiteRef", "hook", "name_space", "patch_names", "unhook", "unpatch_names"]
+__all__ = [
+    "SiteRef",
+    "exchange_names",
+    "hook",
+    "name_space",
+    "patch_names",
+    "unhook",
+    "unpatch_names",
+]
 
 _LOCK = threading.RLock()
 _USES: Counter[int] = Counter()
@@ -179,6 +187,16 @@ def unpatch_names(space: dict[str, Any]) -> None:
                     AttnctlWarning,
                     stacklevel=2,
                 )
+
+
+def exchange_names(old: dict[int, dict[str, Any]], new: dict[int, dict[str, Any]]) -> None:
+    """Patch the names of the modules `new` instead of those of `old`, which is updated."""
+    with _LOCK:
+        for key in set(old) - set(new):
+            unpatch_names(old.pop(key))
+        for key in set(new) - set(old):
+            patch_names(new[key])
+            old[key] = new[key]
 
 
 def _shim() -> types.ModuleType:

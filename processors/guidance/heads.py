@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+
+import torch
 from torch import Tensor
 
 from attnctl.records import AttentionCall
@@ -16,9 +19,15 @@ def is_added_branch(call: AttentionCall) -> bool:
 
 def head_indices(call: AttentionCall) -> Tensor | None:
     """Return the indices of the selected heads on the call's device; None for all heads."""
-    if bool(call.heads.all()):
-        return None
-    return call.heads.nonzero().flatten().to(call.q.device)
+    chosen = tuple(call.heads.tolist())
+    return None if all(chosen) else _indices(chosen, call.q.device)
+
+
+@functools.lru_cache(maxsize=1024)
+def _indices(chosen: tuple[bool, ...], device: torch.device) -> Tensor:
+    """Copied to the device once: a copy per attention call would wait for the GPU each time."""
+    with torch.inference_mode(False):
+        return torch.tensor([i for i, on in enumerate(chosen) if on], device=device)
 
 
 def writable(out: Tensor, call: AttentionCall) -> Tensor:

@@ -38,7 +38,7 @@ from attnctl.errors import HostError, OptionError
 from attnctl.records import AttentionCall, ForwardCall
 from attnctl.schedule import Schedule, Window
 
-from .heads import is_added_branch, writable
+from .heads import head_indices, is_added_branch, writable
 
 if TYPE_CHECKING:
     from attnctl.hosts.run import Run
@@ -160,10 +160,15 @@ class NAG(Control):
         image = self._images(call)
         if image is None:
             return out
-        heads = call.heads.nonzero().flatten().to(out.device)
-        plus, minus = (out[rows][:, heads][:, :, image] for rows in (cond, negative))
-        new = normalized_guidance(plus, minus, self.scale, self.tau, self.alpha)
-        whole = out[cond, :, image].clone().index_copy_(1, heads, new)
+        heads = head_indices(call)
+        plus, minus = out[cond, :, image], out[negative, :, image]
+        if heads is None:
+            whole = normalized_guidance(plus, minus, self.scale, self.tau, self.alpha)
+        else:
+            new = normalized_guidance(
+                plus[:, heads], minus[:, heads], self.scale, self.tau, self.alpha
+            )
+            whole = plus.index_copy(1, heads, new)
         out = writable(out, call)
         out[cond, :, image] = whole
         out[negative, :, image] = whole

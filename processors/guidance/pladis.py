@@ -131,4 +131,8 @@ class PLADIS(Control):
         k, v = part.repeat_kv(part.k), part.repeat_kv(part.v)
         sparse = sparse_attention(part.q, k, v, part.mask, part.scale)
         mine = dense if heads is None else dense[:, heads]
-        return put(dense, torch.lerp(mine, sparse, self.lam), rows, heads, call)
+        if call.rest:  # only the softmax part is extrapolated, not what other controls did
+            new = mine + self.lam * (sparse - part.primitive())
+        else:
+            new = torch.lerp(mine, sparse, self.lam)
+        return put(dense, new, rows, heads, call)

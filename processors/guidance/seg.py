@@ -16,6 +16,7 @@ by frame, its infinite limit is the mean over all frames.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -48,11 +49,17 @@ def blur_queries(q: Tensor, grid: tuple[int, int, int], sigma: float) -> Tensor:
     if sigma > INFINITE:
         return q.mean(dim=2, keepdim=True).expand_as(q)
     wide = torch.promote_types(q.dtype, torch.float32)
-    rows, columns = (blur_matrix(sigma, n).to(q.device, wide) for n in grid[1:])
+    rows, columns = (_matrix_on(sigma, n, wide, q.device) for n in grid[1:])
     image = q.to(wide).unflatten(2, grid)  # [B, H, frames, height, width, D]
     image = columns @ image
     image = (rows @ image.flatten(4)).view(image.shape)
     return image.flatten(2, 4).to(q.dtype)
+
+
+@functools.lru_cache(maxsize=64)
+def _matrix_on(sigma: float, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return blur_matrix(sigma, size).to(device, dtype)
 
 
 def blur_matrix(sigma: float, size: int) -> Tensor:
