@@ -30,6 +30,9 @@ app = typer.Typer(
 
 def main() -> None:
     """Entry point of the console script."""
+    # threads that wait by spinning make drawing 20 times slower where cores are shared; OpenMP
+    # reads this when torch is imported
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     sys.exit(run())
 
 
@@ -173,7 +176,7 @@ def sites(
 @app.command()
 def controls(
     name: Annotated[
-        str | None, typer.Argument(metavar="[NAME]", help="Show this one in detail.")
+        str | None, typer.Argument(metavar="NAME", help="Show this one in detail.")
     ] = None,
 ) -> None:
     """List the controls and their options."""

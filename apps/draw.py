@@ -65,6 +65,8 @@ def draw(order: Order, say: Say) -> None:
         pipe = load(order.model, order.device, order.dtype)
     pipe.set_progress_bar_config(disable=None)
     chosen = [choose(pipe, text) for text in order.controls]
+    if chosen:  # refuses selectors that match nothing, before a word is said
+        attnctl.patch(pipe, *(one.control for one in chosen)).undo()
     for one in chosen:
         _print_preset(one)
     with notes(say):

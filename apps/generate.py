@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import inspect
-import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,13 +16,15 @@ import attnctl
 from attnctl.errors import HostError, OptionError
 from attnctl.hosts.adopt import original_class
 
-from .control_syntax import control_text, options_text, parse_control
+from .chosen import Chosen, choose
+from .control_syntax import options_text
 from .models import load, model_name
 from .pictures import side_by_side, write_png
+from .record import record
 
 __all__ = ["Chosen", "Result", "Settings", "choose", "generate"]
 
-RECOMMENDED: dict[str, dict[str, Any]] = {"tiny-sd3": {"steps": 28, "guidance_scale": 3.0}}
+RECOMMENDED: dict[str, dict[str, Any]] = {"tiny-sd3": {"steps": 20, "guidance_scale": 3.0}}
 """Settings of the shipped models, where their pipeline's own are not meant for them."""
 
 
@@ -60,34 +60,6 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Chosen:
-    """A control, and the preset it came from (None if from plain options)."""
-
-    control: attnctl.Control
-    preset: Any = None
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """Every option."""
-        return {f.name: getattr(self.control, f.name) for f in dataclasses.fields(self.control)}
-
-    @property
-    def changed(self) -> dict[str, Any]:
-        """The options that differ from the control's defaults."""
-        fields = dataclasses.fields(self.control)
-        return {f.name: self.options[f.name] for f in fields if self._differs(f)}
-
-    def _differs(self, f: dataclasses.Field[Any]) -> bool:
-        value = self.options[f.name]
-        factory = f.default_factory
-        default = f.default if factory is dataclasses.MISSING else factory()
-        return value is not default and value != default
-
-    def __str__(self) -> str:
-        return control_text(self.control.name, self.changed)
-
-
-@dataclass(frozen=True)
 class Result:
     """What was drawn.
 
@@ -96,6 +68,7 @@ class Result:
         metadata: JSON values that say how it was made.
         chosen: the controls.
         report: what they touched, None without controls.
+        captions: by name, what `picture` writes under each.
     """
 
     images: dict[str, Image]
@@ -164,30 +137,8 @@ def generate(
     if compare or not chosen:
         images = {"stock": _draw(pipe, arguments, settings.seed, "stock"), **images}
     captions = {"stock": "stock", "controlled": " + ".join(map(_caption, chosen))}
-    metadata = _metadata(pipe, arguments, settings.seed, chosen, images, report)
+    metadata = record(pipe, arguments, settings.seed, chosen, images, report)
     return Result(images, metadata, chosen, report, captions)
-
-
-def choose(target: Any, control: attnctl.Control | Chosen | str) -> Chosen:
-    """Return a control for a model: text without options takes the model's preset.
-
-    Raises:
-        OptionError: if the text does not describe a control.
-    """
-    if isinstance(control, Chosen):
-        return control
-    if not isinstance(control, str):
-        return Chosen(control)
-    plain = parse_control(control)
-    if ":" in control:
-        return Chosen(plain)
-    from attnctl.presets import find
-
-    try:
-        preset = find(plain.name, target)
-    except OptionError:
-        return Chosen(plain)
-    return Chosen(type(plain).for_model(target, preset.name), preset)
 
 
 def _recommended(settings: Settings, model: str) -> Settings:
@@ -218,6 +169,13 @@ def _arguments(pipe: Any, prompt: str, settings: Settings) -> dict[str, Any]:
             raise OptionError(f"{kind} takes no {key.replace('_', ' ')}")
         if value is not None or default not in (None, inspect.Parameter.empty):
             arguments[key] = default if value is None else value
+    own = known.get("true_cfg_scale")
+    scale = own.default if own else arguments.get("guidance_scale")
+    if settings.negative_prompt and isinstance(scale, (int, float)) and scale <= 1:
+        raise OptionError(
+            f"a negative prompt changes nothing in {kind} at guidance {scale:g}; the control "
+            "nag:negative=... works there"
+        )
     return arguments
 
 
@@ -234,62 +192,3 @@ def _draw(pipe: Any, arguments: Mapping[str, Any], seed: int, name: str) -> Imag
 
 def _caption(chosen: Chosen) -> str:
     return f"{chosen.control.name} {options_text(chosen.changed, '  ')}".strip()
-
-
-def _metadata(
-    pipe: Any,
-    arguments: Mapping[str, Any],
-    seed: int,
-    chosen: Sequence[Chosen],
-    images: Mapping[str, Image],
-    report: attnctl.Report | None,
-) -> dict[str, Any]:
-    image = next(iter(images.values()))
-    return {
-        "prompt": arguments["prompt"],
-        "negative_prompt": arguments.get("negative_prompt"),
-        "model": model_name(pipe),
-        "pipeline": original_class(pipe).__name__,
-        "scheduler": original_class(pipe.scheduler).__name__,
-        "controls": [_control_data(c) for c in chosen],
-        "seed": seed,
-        "steps": arguments.get("num_inference_steps"),
-        "guidance_scale": arguments.get("guidance_scale"),
-        "height": image.height,
-        "width": image.width,
-        "dtype": str(pipe.dtype).removeprefix("torch."),
-        "device": pipe.device.type,
-        "pictures": list(images),
-        "versions": _versions(("attnctl", "torch", "diffusers", "transformers")),
-        "report": [_line_data(line) for line in report.lines] if report else [],
-    }
-
-
-def _control_data(chosen: Chosen) -> dict[str, Any]:
-    return {
-        "name": chosen.control.name,
-        "text": str(chosen),
-        "options": {key: _plain(value) for key, value in chosen.options.items()},
-        "preset": chosen.preset.name if chosen.preset else None,
-    }
-
-
-def _line_data(line: Any) -> dict[str, Any]:
-    data = {f.name: _plain(getattr(line, f.name)) for f in dataclasses.fields(line)}
-    return {**data, "control": line.control.name}
-
-
-def _plain(value: Any) -> Any:
-    """Return a value as JSON can hold it."""
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, torch.Tensor):
-        return f"tensor {list(value.shape)}"
-    if isinstance(value, Iterable) and not isinstance(value, str):
-        return [_plain(v) for v in value]
-    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
-
-
-def _versions(packages: Iterable[str]) -> dict[str, str]:
-    found = {name: importlib.metadata.version(name) for name in packages}
-    return {**found, "python": platform.python_version()}

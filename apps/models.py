@@ -48,13 +48,15 @@ def load(model: str, device: str = "auto", dtype: str = "auto") -> Any:
     place = _device(device)
     kind = _dtype(dtype, place)
     folder = find_folder(model)
-    from diffusers import DiffusionPipeline
+    from diffusers import DiffusionPipeline, __version__
 
+    # diffusers 0.40 renamed the option
+    name = "dtype" if tuple(map(int, __version__.split(".")[:2])) >= (0, 40) else "torch_dtype"
     # diffusers leaves out the null entries of the index, and then misses them
     null = dict.fromkeys(name for name, entry in _parts(folder) if entry[0] is None)
     try:
         pipe = DiffusionPipeline.from_pretrained(
-            str(folder), local_files_only=True, torch_dtype=kind, **null
+            str(folder), local_files_only=True, **{name: kind}, **null
         )
         pipe.register_to_config(_name_or_path=model)
         return pipe.to(place)
@@ -76,7 +78,7 @@ def local_folder(model: str) -> Path | None:
     if model in assets.names():
         return _checked(assets.path(model))
     path = Path(model).expanduser()
-    if path.is_dir():
+    if model and path.is_dir():
         return _checked(path)
     if path.is_file():
         raise ModelError(

@@ -34,7 +34,7 @@ PLAIN_KEY = "parameters"
 """PNG text key that web UIs read."""
 
 _SMALLEST = 320
-_PAPER, _INK, _FAINT = "white", "black", (96, 96, 96)
+_PAPER, _INK, _FAINT = (255, 255, 255), (0, 0, 0), (96, 96, 96)
 _LINES = 4
 _SYSTEM_FONTS = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "Arial.ttf", "arial.ttf")
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import functools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -56,14 +58,30 @@ def count_tokens(pipe: Any) -> dict[tuple[str, int], tuple[int, int]]:
         As many sites as a dry run of one step reaches; none if the pipeline cannot be run so.
     """
     counter = _Counter()
-    try:
-        with attnctl.patch(pipe, counter):
-            pipe.set_progress_bar_config(disable=True)
+    pipe.set_progress_bar_config(disable=True)
+    for times in (contextlib.nullcontext, _times_on_cpu):
+        # the table says "-" after a failure: a count is a convenience, any model must be listed
+        with contextlib.suppress(Exception), times(pipe.scheduler), attnctl.patch(pipe, counter):
             pipe(prompt="", num_inference_steps=_DRY_STEPS)
-    except Exception:
-        # the table then says "-": a count is a convenience, and any model must be listed
-        return counter.tokens
+        if counter.tokens:
+            break
     return counter.tokens
+
+
+@contextlib.contextmanager
+def _times_on_cpu(scheduler: Any) -> Iterator[None]:
+    """Keep the scheduler's times off the meta device: schedulers look into them."""
+    stock = scheduler.set_timesteps
+
+    @functools.wraps(stock)
+    def set_timesteps(*args: Any, device: Any = None, **kwargs: Any) -> None:
+        stock(*args, device="cpu", **kwargs)
+
+    scheduler.set_timesteps = set_timesteps
+    try:
+        yield
+    finally:
+        del scheduler.set_timesteps
 
 
 def sites_text(pipe: Any, kind: str | None, selector: str | None, width: int | None) -> str:
@@ -93,7 +111,8 @@ def sites_text(pipe: Any, kind: str | None, selector: str | None, width: int | N
     if chosen is not None:
         heads.insert(3, "chosen")
     text = table(heads, rows, width, "l" + "l" + "r" * (len(heads) - 3))
-    return f"{text}\n{paragraph(_summary(shown, chosen), width or 1000)}"
+    advice = f"{_summary(shown, chosen)}{' --wide: whole names.' if '~' in text else ''}"
+    return f"{text}\n{paragraph(advice, width or 1000)}"
 
 
 def _select(sites: Sites, kind: str | None, selector: str) -> dict[tuple[str, int], int]:

@@ -8,18 +8,28 @@ from collections.abc import Sequence
 
 __all__ = ["breakable", "paragraph", "shortened", "table", "terminal_width"]
 
+_WORD = 5
+
 
 def terminal_width() -> int:
     """Columns of the terminal, 80 if unknown."""
     return max(40, shutil.get_terminal_size((80, 24)).columns)
 
 
-def shortened(text: str, width: int) -> str:
-    """Return a text of at most `width` letters; what is too much is left out in the middle."""
-    if len(text) <= width:
-        return text
-    left = (width - 3) // 3
-    return f"{text[:left]}...{text[len(text) - (width - 3 - left) :]}"
+def shortened(name: str, width: int) -> str:
+    """Return a dotted name in at most `width` letters; "~" stands for what is left out.
+
+    Long words go first, so that the numbers, which tell sites apart, stay.
+    """
+    parts = name.split(".")
+    while len(name) > width and max(map(len, parts)) > _WORD:
+        longest = max(range(len(parts)), key=lambda i: len(parts[i]))
+        parts[longest] = parts[longest][: _WORD - 1] + "~"
+        name = ".".join(parts)
+    if len(name) <= width:
+        return name
+    left = (width - 1) // 2
+    return f"{name[:left]}~{name[len(name) - (width - 1 - left) :]}"
 
 
 def paragraph(text: str, width: int, first: str = "", rest: str | None = None) -> str:

@@ -44,6 +44,8 @@ class Control:
     """Kinds of sites that the control admits."""
     replaces_softmax: ClassVar[bool] = False
     """True if `attend` computes the attention itself and never proceeds further in."""
+    own_rows_only: ClassVar[bool] = False
+    """True if `attend` only ever changes calls that hold rows which `denoise` added."""
     adds_rows: ClassVar[bool] = False
     """True if `denoise` runs extra rows or passes."""
 

@@ -152,6 +152,14 @@ def _find(spans: tuple[tuple[str, int, int], ...], role: str) -> slice | None:
     return next((slice(a, b) for name, a, b in spans if name == role and b > a), None)
 
 
+def _changed(call: AttentionCall, **changes: Any) -> AttentionCall:
+    """Return a copy with other values: dataclasses.replace costs ten times as much, per call."""
+    new = object.__new__(AttentionCall)
+    new.__dict__.update(call.__dict__)
+    new.__dict__.update(changes)
+    return new
+
+
 @dataclass
 class AttentionCall:
     """One attention primitive inside one site, seen by one control of the stack.
@@ -201,11 +209,15 @@ class AttentionCall:
         Returns:
             The attention output [B, H, Nq, Dv].
         """
-        call = replace(self, **changes) if changes else self
+        call = _changed(self, **changes) if changes else self
         if not call.rest:
             return call.primitive()
         entry, rest = call.rest[0], call.rest[1:]
-        return entry.attend(replace(call, rest=rest))
+        return entry.attend(_changed(call, rest=rest))
+
+    def seen_by(self, heads: Tensor, state: Any, role: str) -> AttentionCall:
+        """Return this call as one control of the stack sees it."""
+        return _changed(self, heads=heads, state=state, role=role)
 
     def primitive(self) -> Tensor:
         """Run the model's own attention on this call's tensors, past all controls."""
@@ -250,10 +262,10 @@ class AttentionCall:
         q, k, v = self.q[rows], self.k[rows], self.v[rows]
         if heads is not None:
             heads = heads.to(q.device)
-            k, v = self.repeat_kv(k), self.repeat_kv(v)
-            q, k, v = q[:, heads], k[:, heads], v[:, heads]
+            shared = heads // (q.shape[1] // k.shape[1])  # grouped-query attention
+            q, k, v = q[:, heads], k[:, shared], v[:, shared]
         mask = _take_mask(self.mask, rows, heads, self.q.shape)
-        return replace(self, q=q, k=k, v=v, mask=mask, rest=())
+        return _changed(self, q=q, k=k, v=v, mask=mask, rest=())
 
     def repeat_kv(self, x: Tensor) -> Tensor:
         """Return keys or values [B, Hkv, N, D] with one head per query head [B, H, N, D]."""
@@ -266,8 +278,8 @@ def _take_mask(
 ) -> Tensor | None:
     if mask is None or mask.ndim < 3:
         return mask
-    if mask.ndim == 3:  # [B or 1, Nq, Nk]
-        return mask[rows] if mask.shape[0] == shape[0] > 1 else mask
+    if mask.ndim == 3:  # [H or 1, Nq, Nk], as attention broadcasts it
+        mask = mask[None]
     if mask.shape[0] == shape[0] > 1:
         mask = mask[rows]
     if heads is not None and mask.shape[1] == shape[1] > 1:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .control import Control
 from .errors import ControlConflict
-from .records import AttentionCall, ForwardCall, Step
+from .records import AttentionCall, ForwardCall, Rows, Step
 from .selectors import Selection
 from .sites import Sites
 
@@ -49,15 +49,19 @@ class Entry:
         self.attends = cls.plane("attend")
         self.denoises = cls.plane("denoise")
         self.schedule = self.control.schedule
+        # role of the extra rows that this entry adds to a forward
+        self.role = f"{self.control.name}/{self.serial}"
 
-    @property
-    def role(self) -> str:
-        """Role of the extra rows that this entry adds to a forward."""
-        return f"{self.control.name}/{self.serial}"
 
     def active(self, step: Step) -> bool:
         """Whether the control acts at this step."""
         return not self.control.neutral and step in self.schedule
+
+    def wants(self, site: int, rows: Rows) -> bool:
+        """Whether the control's attention plane has anything to do at this site."""
+        if not self.attends or site not in self.selection:
+            return False
+        return self.role in rows or not self.control.own_rows_only
 
     def state(self, run: Run) -> Any:
         """Return the control's state of this run, made at first use."""
@@ -69,12 +73,7 @@ class Entry:
         """Run the control's attention plane on a call."""
         assert call.run is not None
         self.calls[call.site.index] += 1
-        own = replace(
-            call,
-            heads=self.selection[call.site.index],
-            state=self.state(call.run),
-            role=self.role,
-        )
+        own = call.seen_by(self.selection[call.site.index], self.state(call.run), self.role)
         return self.control.attend(own)
 
     def denoise(self, call: ForwardCall) -> Tensor:

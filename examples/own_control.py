@@ -39,7 +39,7 @@ if __name__ == "__main__":
     result = generate(
         "a red circle and a blue square",
         Sharpen(heads="L2-3", factor=2.0),  # or, by name, "sharpen:heads=L2-3,factor=2"
-        settings=Settings(seed=0),
+        settings=Settings(seed=0, steps=12),
         compare=True,
     )
     print(result.report)

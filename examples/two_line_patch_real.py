@@ -3,7 +3,7 @@
 import sys
 
 import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers import DiffusionPipeline
 from PIL import Image
 
 import attnctl.assets
@@ -14,16 +14,12 @@ PROMPT = "a red circle and a blue square"
 
 def draw(pipe):
     noise = torch.Generator().manual_seed(0)
-    return pipe(PROMPT, num_inference_steps=28, guidance_scale=4, generator=noise).images[0]
+    return pipe(PROMPT, num_inference_steps=20, guidance_scale=4, generator=noise).images[0]
 
 
-gpu = torch.cuda.is_available()
-pipe = StableDiffusion3Pipeline.from_pretrained(
-    MODEL,
-    text_encoder_3=None,
-    tokenizer_3=None,
-    torch_dtype=torch.bfloat16 if gpu else torch.float32,
-).to("cuda" if gpu else "cpu")
+pipe = DiffusionPipeline.from_pretrained(MODEL)
+if torch.cuda.is_available():
+    pipe.to("cuda", torch.bfloat16)
 stock = draw(pipe)
 
 handle = attnctl.patch(pipe, attnctl.SoftPAG.for_model(pipe))

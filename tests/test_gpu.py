@@ -51,19 +51,22 @@ def test_same_as_on_the_cpu(name: str) -> None:
 def test_compiled_equals_eager_and_follows_changes(name: str, mode: str) -> None:
     """CUDA graphs must not freeze what a control does at another step or after undo."""
     torch._dynamo.reset()
+    # with CUDA graphs a second call overwrites the output of the first, so stock pipelines that
+    # call the denoiser twice a step go wrong by themselves: there without guidance
+    options = {"steps": 4, "cfg": mode == "default" or zoo.FAMILIES[name].cfg == "batched"}
     pipe = zoo.FAMILIES[name].build().to("cuda")
     control = attnctl.SoftPAG(scale=0.5, stop=0.5)
-    stock = call(pipe, steps=4)
+    stock = call(pipe, **options)
     handle = attnctl.patch(pipe, control)
-    eager = call(pipe, steps=4)
+    eager = call(pipe, **options)
     for attr in zoo.FAMILIES[name].denoisers:
         getattr(pipe, attr).compile(mode=mode, fullgraph=True)
     for _ in range(3):
-        compiled = call(pipe, steps=4)
+        compiled = call(pipe, **options)
     assert (compiled - eager).norm() / eager.norm() < 1e-2
     assert (compiled - stock).norm() > 10 * (compiled - eager).norm()
     handle.undo()
-    back = call(pipe, steps=4)
+    back = call(pipe, **options)
     assert (back - stock).norm() / stock.norm() < 1e-2
 
 

@@ -8,7 +8,7 @@ bootstrap interval over the prompts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -22,7 +22,7 @@ from attnctl.assets.world import exact, log_prob
 
 from .statistics import Interval, mean_interval, paired_interval
 
-__all__ = ["Arm", "Scores", "draw", "run_arms", "score", "table"]
+__all__ = ["Arm", "Scores", "draw", "row", "run_arms", "score", "table"]
 
 
 @dataclass(frozen=True)
@@ -105,9 +105,20 @@ def run_arms(
     *,
     seed: int = 0,
     batch: int = 25,
+    show: Callable[[str, dict[str, Scores]], None] | None = None,
     **options: Any,
 ) -> dict[str, Scores]:
-    """Return the scores of every arm by name; arguments as in `draw`."""
+    """Return the scores of every arm by name.
+
+    Args:
+        pipe: a shape-world pipeline.
+        arms: the arms; the first is the one others are compared with.
+        prompts: n prompts.
+        seed: as in `draw`.
+        batch: as in `draw`.
+        show: called after every arm with its name and the scores so far.
+        **options: arguments of the pipeline call, for every arm.
+    """
     pipe.set_progress_bar_config(disable=True)
     results = {}
     for arm in arms:
@@ -118,19 +129,26 @@ def run_arms(
         else:
             pictures = draw(pipe, prompts, seed=seed, batch=batch, label=arm.name, **call)
         results[arm.name] = score(pictures, prompts)
+        if show is not None:
+            show(arm.name, results)
     return results
 
 
 def table(results: dict[str, Scores]) -> str:
     """Return a Markdown table; differences are to the first arm."""
-    stock, *_ = results.values()
     lines = [
         "| arm | exact, % | gain, points | log-probability | gain | saturation |",
         "|---|---|---|---|---|---|",
     ]
-    for name, scores in results.items():
-        lines.append(_line(name, scores, None if scores is stock else stock))
+    for name in results:
+        lines.append(row(name, results))
     return "\n".join(lines)
+
+
+def row(name: str, results: dict[str, Scores]) -> str:
+    """Return one row of the table, for progress."""
+    stock = next(iter(results.values()))
+    return _line(name, results[name], None if results[name] is stock else stock)
 
 
 def _line(name: str, scores: Scores, stock: Scores | None) -> str:

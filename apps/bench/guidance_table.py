@@ -19,9 +19,10 @@ import attnctl
 from attnctl.assets import path
 from attnctl.assets.world import heldout_prompts
 
-from .effect import Arm, Scores, run_arms, table
+from .effect import Arm, Scores, row, run_arms, table
 from .placebo import shuffled
 
+SCALES = (0.5, 1.0, 2.0)
 US = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
@@ -29,11 +30,11 @@ def arms(scales: tuple[float, ...], layers: int) -> Iterator[Arm]:
     """Yield stock, PAG on all layers, SoftPAG over u, single layers, and the placebo."""
     yield Arm("stock")
     for w in scales:
-        for block in ("joint", "image_logit"):
-            pag = attnctl.control("pag", scale=w, block=block)
-            yield Arm(f"PAG {block}, all layers, w={w:g}", (pag,))
         for u in US:
-            yield Arm(f"SoftPAG all layers, w={w:g}, u={u:g}", (attnctl.SoftPAG(scale=w, u=u),))
+            name = f"SoftPAG, all layers, w={w:g}, u={u:g}"
+            yield Arm(name if u < 1 else f"PAG, all layers, w={w:g} (u=1)", (_soft(w, u),))
+        pag = attnctl.PAG(scale=w, block="image_logit")
+        yield Arm(f"PAG image_logit, all layers, w={w:g}", (pag,))
     for layer in range(layers):
         control = attnctl.SoftPAG(heads=f"L{layer}", scale=scales[-1], u=1.0)
         yield Arm(f"PAG layer {layer}, w={scales[-1]:g}", (control,))
@@ -42,7 +43,7 @@ def arms(scales: tuple[float, ...], layers: int) -> Iterator[Arm]:
         "SEG infinite": attnctl.SEG(scale=w),
         "SEG sigma 2": attnctl.SEG(scale=w, sigma=2.0),
         "uniform": attnctl.UniformGuidance(scale=w),
-        "SLG": attnctl.SLG(scale=w, stop=1.0),
+        "SLG": attnctl.SLG(scale=w, start=0.0, stop=1.0),
         "temperature 1e-5": attnctl.TemperatureGuidance(scale=w),
         "TPG": attnctl.TPG(scale=w),
     }
@@ -54,12 +55,19 @@ def arms(scales: tuple[float, ...], layers: int) -> Iterator[Arm]:
     yield Arm(f"placebo: neighbour's term, SoftPAG w={w:g}, u=0.5", (placebo,))
 
 
+def _soft(scale: float, u: float) -> attnctl.Control:
+    return attnctl.SoftPAG(scale=scale, u=u)
+
+
 def measure(pipe: Any, n: int, guidance: float, **options: Any) -> dict[str, Scores]:
     """Return the scores of all arms over n held-out two-object prompts."""
     layers = 1 + max(s.layer or 0 for s in attnctl.sites(pipe))
     prompts = heldout_prompts(n, 2, seed=5)
-    every = list(arms((0.5, 1.0, 2.0), layers))
-    return run_arms(pipe, every, prompts, seed=1000, guidance_scale=guidance, **options)
+    every = list(arms(SCALES, layers))
+    return run_arms(
+        pipe, every, prompts, seed=1000, guidance_scale=guidance,
+        show=lambda name, found: print(row(name, found), flush=True), **options,
+    )  # fmt: skip
 
 
 def main() -> None:
@@ -82,10 +90,9 @@ def main() -> None:
         text.append(f"### {title}\n\n{table(found)}\n")
         stock = found["stock"]
         data[title] = {name: scores.summary(stock) for name, scores in found.items()}
-        print(text[-1], flush=True)
-    given.out.mkdir(parents=True, exist_ok=True)
-    (given.out / "guidance.md").write_text("\n".join(text))
-    (given.out / "guidance.json").write_text(json.dumps(data, indent=1))
+        given.out.mkdir(parents=True, exist_ok=True)
+        (given.out / "guidance.md").write_text("\n".join(text))
+        (given.out / "guidance.json").write_text(json.dumps(data, indent=1))
 
 
 if __name__ == "__main__":

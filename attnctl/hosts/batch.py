@@ -22,7 +22,15 @@ def extend_inputs(
         rows: which of them to append.
         unbatched: arguments whose first dimension is never the batch.
     """
-    return _map(inputs, batch, unbatched, lambda t: torch.cat([t, t[rows]]), lambda s: s + s[rows])
+    return _map(inputs, batch, unbatched, lambda t: _append(t, rows), lambda s: s + s[rows])
+
+
+def _append(t: Tensor, rows: slice) -> Tensor:
+    more = t[rows]
+    if t.stride(0) == 0 and t.shape[0] > 1:
+        # one value for all rows, such as a time; kept so, for compiled code looks at strides
+        return t[:1].expand(t.shape[0] + more.shape[0], *t.shape[1:])
+    return torch.cat([t, more])
 
 
 def take_inputs(

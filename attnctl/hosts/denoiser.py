@@ -6,6 +6,7 @@ import contextlib
 import inspect
 import sys
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import AttnctlWarning, ControlConflict, HostError
-from ..records import AttentionCall, ForwardCall, Rows, Spans, Step
+from ..records import AttentionCall, ForwardCall, Rows, Site, Spans, Step
 from ..sites import Sites
 from ..stack import Entry, check_conflicts
 from . import tap
@@ -28,6 +29,9 @@ __all__ = ["Binding", "Forward", "binding_of"]
 
 DENOISERS = ("unet", "transformer", "transformer_2")
 """Pipeline attributes that may hold a denoiser."""
+
+ORPHAN = 0
+"""Owner of entries whose pipeline is no more."""
 
 SLOT = "_attnctl"
 """Where a patched object keeps its binding; copies and pickles hold None there."""
@@ -59,7 +63,8 @@ class Binding(Uncopied):
         self.spaces: dict[int, dict[str, Any]] = {}
         self.bare = Run()
         self.compiled: list[nn.Module] = []
-        self.warned = False
+        self.warned = self.orphaned = False
+        weakref.finalize(self, tap.drop_names, self.spaces).atexit = False
 
     # -- attach and detach ---------------------------------------------------------------
 
@@ -170,6 +175,9 @@ class Binding(Uncopied):
 
     def call(self, stock: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run one denoiser call through the stack; `stock` is the unpatched call."""
+        if self.orphaned:
+            self.orphaned = False
+            self.remove([e for e in self.entries if e.owner == ORPHAN])
         before, LOCAL.inside = LOCAL.inside, self
         try:
             return self._call(stock, args, kwargs)
@@ -276,11 +284,12 @@ class DenoiserCalls:
     @contextlib.contextmanager
     def cache_context(self, name: str, *args: Any, **kwargs: Any) -> Iterator[None]:
         """Note which branch (cond, uncond) the pipeline says it runs."""
-        run = LOCAL.run
-        if LOCAL.forward is not None or run is None:  # our own, for a pass of extra rows
+        binding = binding_of(self)  # type: ignore[arg-type]
+        if LOCAL.forward is not None or binding is None:  # our own, for a pass of extra rows
             with super().cache_context(name, *args, **kwargs):  # type: ignore[misc]
                 yield
             return
+        run = LOCAL.run or binding.bare
         run.branch, run.cache_context = name, (args, kwargs)
         try:
             with super().cache_context(name, *args, **kwargs):  # type: ignore[misc]
@@ -324,13 +333,19 @@ class Forward:
             base=self._model,
             extend_inputs=self._extend,
             take_inputs=self._take,
-            denoiser=self.binding.sites[0].denoiser,
+            denoiser=self.denoiser,
             cached=bool(getattr(self.binding.module, "is_cache_enabled", False)),
             rest=tuple(e for e in self.active if e.denoises),
         )
         sample = call.proceed()
         assert self.wrap is not None  # some control ran the model
         return self.wrap(sample)
+
+    @property
+    def denoiser(self) -> str:
+        """Attribute of the pipeline that holds the denoiser."""
+        owned = [e for e in self.active if e.owner is not None]
+        return (owned or self.active)[0].sites[0].denoiser
 
     def _extend(self, inputs: dict[str, Any], rows: Rows, at: slice) -> dict[str, Any]:
         return extend_inputs(inputs, len(rows), at, self.binding.family.unbatched)
@@ -375,7 +390,11 @@ class Forward:
     def attend(self, site: int, index: int, *call: Any) -> Tensor:
         """Run the attention plane of one primitive call; see `tap._attend`."""
         q, k, v, mask, scale, is_causal, gqa, base = call
-        rest = tuple(e for e in self.active if e.attends and site in e.selection)
+        rest = tuple(e for e in self.active if e.wants(site, self.rows))
+        if self._is_ip(self.binding.sites[site], index, q, k):
+            rest = tuple(e for e in rest if "cross" in e.control.kinds)
+        if not rest:
+            return base(*call[:-1])
         return AttentionCall(
             q, k, v, mask, scale, is_causal, gqa,
             site=self.binding.sites[site],
@@ -388,14 +407,20 @@ class Forward:
             run=self.run,
         ).proceed()  # fmt: skip
 
+    @staticmethod
+    def _is_ip(site: Site, index: int, q: Tensor, k: Tensor) -> bool:
+        """Whether this is the image branch that an IP-Adapter adds to joint attention."""
+        return site.kind == "joint" and index > 0 and q.shape[2] != k.shape[2]
+
     def _spans(self, call: AttentionCall) -> Spans:
         module = self.binding.modules[call.site.index]
         # Wan I2V attends to its image first; IP-Adapter comes after the text
         image_first = getattr(module, "add_k_proj", None) is not None
         role = "ip" if (call.index == 0) == image_first else "text"
-        return spans(
-            self.binding.family, call.site, self.geometry, call.q.shape[2], call.k.shape[2], role
-        )
+        nq, nk, site = call.q.shape[2], call.k.shape[2], call.site
+        if self._is_ip(site, call.index, call.q, call.k):
+            site = replace(site, kind="cross")
+        return spans(self.binding.family, site, self.geometry, nq, nk, role)
 
     @property
     def geometry(self) -> Geometry:

@@ -29,7 +29,9 @@ def discover(module: nn.Module, denoiser: str = "model") -> tuple[Sites, list[nn
         HostError: if it has no attention module with a processor.
     """
     family = family_of(original_class(module))
-    named = [(n, m) for n, m in module.named_modules() if _is_attention(m)]
+    named = [
+        (n.replace("_orig_mod.", ""), m) for n, m in module.named_modules() if _is_attention(m)
+    ]
     if not named:
         raise HostError(
             f"{original_class(module).__name__} has no attention module with a processor; "

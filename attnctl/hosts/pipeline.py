@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import threading
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +14,7 @@ from ..errors import HostError
 from ..records import Rows, StepCall
 from ..stack import Entry
 from .adopt import Uncopied, adopt, original_class, release
-from .denoiser import DENOISERS, SLOT, Binding, binding_of
+from .denoiser import DENOISERS, ORPHAN, SLOT, Binding, binding_of
 from .families import family_of
 from .run import LOCAL, Run, batch_of
 
@@ -45,6 +46,8 @@ class PipelineBinding(Uncopied):
     def __init__(self, pipe: Any, bindings: dict[str, Binding]) -> None:
         self.pipe = pipe
         self.bindings = bindings
+        self.orphans = weakref.finalize(pipe, _abandon, list(bindings.values()), id(pipe))
+        self.orphans.atexit = False
         self.signature = inspect.signature(original_class(pipe).__call__)
         self.scheduler: Any = None
         self.lock = threading.Lock()
@@ -55,7 +58,10 @@ class PipelineBinding(Uncopied):
         """Return the pipeline's binding, made if there is none; counted."""
         binding = pipe.__dict__.get(SLOT)
         if binding is None:
-            binding = pipe.__dict__[SLOT] = cls(pipe, bindings)
+            # by the names of this pipeline: a bare patch may have named them otherwise
+            modules = {n: binding_of(m) for n, m in denoisers(pipe).items()}
+            named = {n: b for n, b in modules.items() if b in bindings.values()}
+            binding = pipe.__dict__[SLOT] = cls(pipe, named)
             adopt(pipe, PipelineCalls)
         binding.uses += 1
         return binding
@@ -64,6 +70,7 @@ class PipelineBinding(Uncopied):
         """Undo one `attach`; the last one restores the pipeline exactly."""
         self.uses -= 1
         if self.uses == 0:
+            self.orphans.detach()
             release(self.pipe)
             if self.scheduler is not None:
                 release(self.scheduler)
@@ -105,9 +112,10 @@ class PipelineBinding(Uncopied):
                 release(self.scheduler)
             adopt(scheduler, SchedulerCalls)
             self.scheduler = scheduler
-        for name, binding in self.bindings.items():
-            module = getattr(self.pipe, name)
-            if binding_of(module) is not binding:
+        modules = denoisers(self.pipe)
+        for name in {**self.bindings, **modules}:
+            module, binding = modules.get(name), self.bindings.get(name)
+            if binding is None or module is None or binding_of(module) is not binding:
                 raise HostError(
                     f"pipe.{name} was replaced after attnctl.patch; undo the patch and patch again"
                 )
@@ -119,6 +127,18 @@ class PipelineBinding(Uncopied):
         return [e for b in self.bindings.values() for e in b.entries if e.owner in mine]
 
 
+def _abandon(bindings: list[Binding], owner: int) -> None:
+    """Let the controls of a pipeline that is no more act nowhere.
+
+    The garbage collector calls this at any moment, perhaps while torch.compile works: the
+    denoiser itself is restored when it is called next.
+    """
+    for binding in bindings:
+        for entry in binding.entries:
+            if entry.owner == owner:
+                entry.owner, binding.orphaned = ORPHAN, True
+
+
 class PipelineCalls:
     """Mixin put in front of a pipeline's class while it is patched."""
 
@@ -126,6 +146,15 @@ class PipelineCalls:
         stock = super().__call__  # type: ignore[misc]
         binding = self.__dict__.get(SLOT)
         return stock(*args, **kwargs) if binding is None else binding.call(stock, args, kwargs)
+
+    def prepare_latents(self, *args: Any, **kwargs: Any) -> Any:
+        """Note the initial latents, which the denoiser may get among other channels."""
+        out = super().prepare_latents(*args, **kwargs)  # type: ignore[misc]
+        first = out[0] if isinstance(out, (tuple, list)) and out else out
+        run = LOCAL.run
+        if run is not None and run.pipe is self and isinstance(first, Tensor):
+            run.initial_latents = first
+        return out
 
 
 class SchedulerCalls:
@@ -145,6 +174,8 @@ class SchedulerCalls:
         if run is None:
             return stock(model_output, timestep, sample, *args, **kwargs)
         if run.replaced_latents is not None:
+            if run.replaced_latents.shape != sample.shape:
+                raise _mixed(run)
             sample = run.replaced_latents.to(sample.dtype)
         out = stock(model_output, timestep, sample, *args, **kwargs)
         run.advance()
@@ -188,8 +219,7 @@ def before_first_step(forward: Forward, inputs: dict[str, Any], rows: Rows) -> d
     run = forward.run
     if run.index == 0 and "initial" not in run.cache:
         run.cache["initial"] = True
-        name = next(iter(inputs))
-        raw = (inputs[name] if run.raw_latents is None else run.raw_latents)[: rows.n]
+        raw = _raw_latents(run, inputs, rows)
         new = _apply(run, raw)
         run.replaced_latents = None if new is raw else new
     if run.replaced_latents is None:
@@ -197,18 +227,42 @@ def before_first_step(forward: Forward, inputs: dict[str, Any], rows: Rows) -> d
     return _with_latents(run, inputs, rows)
 
 
+def _raw_latents(run: Run, inputs: dict[str, Any], rows: Rows) -> Tensor:
+    """Return the latents that the pipeline holds, without scaling or further channels."""
+    if run.initial_latents is not None:
+        return run.initial_latents
+    raw = next(iter(inputs.values())) if run.raw_latents is None else run.raw_latents
+    return raw[: rows.n]
+
+
 def _with_latents(run: Run, inputs: dict[str, Any], rows: Rows) -> dict[str, Any]:
+    """Put the replaced latents in the place of the raw ones in the denoiser's input."""
     name, old = next(iter(inputs.items()))
-    new = run.replaced_latents
+    raw, new = _raw_latents(run, inputs, rows), run.replaced_latents
     assert new is not None
-    if run.raw_latents is not None:
-        # the same factor that scale_model_input applied; asking it again would count a step
-        raw = run.raw_latents[: rows.n]
-        at = raw.abs().flatten().argmax()
-        new = new * (old[: rows.n, : raw.shape[1]].flatten()[at] / raw.flatten()[at])
-    new = torch.cat([new.to(old.dtype)] * len(rows.groups))
-    extra = old[:, new.shape[1] :] if old.ndim == new.ndim and old.ndim > 3 else old[:, :0]
-    return {**inputs, name: torch.cat([new, extra], dim=1) if extra.shape[1] else new}
+    if raw.ndim != old.ndim or raw.shape[0] != rows.n or new.shape != raw.shape:
+        raise _mixed(run)
+    at = tuple(slice(0, size) for size in raw.shape)
+    mine = old[at].float()
+    if mine.shape != raw.shape:
+        raise _mixed(run)
+    # what scale_model_input multiplied by; asking it again would count a step
+    factor = (mine * raw.float()).sum() / raw.float().square().sum()
+    slack = 8 * torch.finfo(old.dtype).eps * mine.abs().max()
+    if not torch.allclose(mine, raw.float() * factor, rtol=0, atol=float(slack)):
+        raise _mixed(run)
+    result = old.clone()
+    for group in range(len(rows.groups)):
+        result[group * rows.n :][at] = (new.float() * factor).to(old.dtype)
+    return {**inputs, name: result}
+
+
+def _mixed(run: Run) -> HostError:
+    return HostError(
+        f"{type(run.pipe).__name__} mixes its latents with something else on their way to the "
+        "denoiser or scheduler, so a control cannot change them before the first step; give it "
+        "a window that begins later, such as start=0.01 or steps:1-999"
+    )
 
 
 class _Captured(BaseException):

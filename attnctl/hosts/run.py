@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..errors import HostError
 from ..records import Rows, Step
 
 if TYPE_CHECKING:
@@ -17,8 +19,17 @@ if TYPE_CHECKING:
 
 __all__ = ["LOCAL", "Run", "batch_of"]
 
-_CONDITIONAL_FIRST = ("DiTPipeline",)
-"""Pipelines whose batched call is [cond, uncond]."""
+_UNGUIDED_PAG = ("cond", "pipeline-perturbed")
+_LAYOUTS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "DiTPipeline": (("cond", "uncond"),),
+    r".*InstructPix2PixPipeline": (("cond", "image", "uncond"),),
+    r".*PAG.*Pipeline": (
+        _UNGUIDED_PAG,
+        ("uncond", "cond"),
+        ("uncond", "cond", "pipeline-perturbed"),
+    ),
+}
+"""Batched calls that are not [uncond, cond], by a pattern of the whole class name."""
 
 
 class _Local(threading.local):
@@ -57,9 +68,11 @@ class Run:
     index: int = 0
     branch: str | None = None
     cache_context: tuple[Any, Any] = ((), {})
+    begun: bool = False
     calls_in_step: int = 0
     states: dict[int, Any] = field(default_factory=dict)
     cache: dict[Any, Any] = field(default_factory=dict)
+    initial_latents: Tensor | None = None
     raw_latents: Tensor | None = None
     replaced_latents: Tensor | None = None
     _last_time: float | None = None
@@ -74,6 +87,8 @@ class Run:
         """Denoiser steps of this run, 0 if unknown."""
         if self.pipe is None:
             return self.given_steps
+        if not self.begun:  # what pipeline and scheduler say now is of the run before
+            return 0
         known = getattr(self.pipe, "_num_timesteps", None)
         if known:
             return int(known)
@@ -82,12 +97,23 @@ class Run:
             0 if times is None else len(times) - (getattr(self.scheduler, "begin_index", 0) or 0)
         )
 
+    @property
+    def _begin(self) -> int:
+        """Index of the run's first step in the scheduler's list (image to image skips some)."""
+        begin = getattr(self.scheduler, "begin_index", None)
+        if begin is not None:
+            return int(begin)
+        times = getattr(self.scheduler, "timesteps", ())
+        known = getattr(self.pipe, "_num_timesteps", None)
+        return max(0, len(times) - int(known)) if known else 0
+
     def step(self, timestep: Any) -> Step:
         """Return the step of a denoiser call with this time input.
 
         In a pipeline the step is the number of scheduler steps done; for a bare denoiser it
         is the number of changes of the time input, and a run starts anew when noise returns.
         """
+        self.begun = True
         if self.pipe is None and timestep is not None:
             self._follow_time(_first_value(timestep))
         sigma_of = None if self.scheduler is None else self._sigma
@@ -105,12 +131,11 @@ class Run:
         self._last_time = time
 
     def _sigma(self) -> float:
-        scheduler = self.scheduler
-        begin = getattr(scheduler, "begin_index", None) or 0
+        scheduler, at = self.scheduler, self._begin + self.index
         sigmas = getattr(scheduler, "sigmas", None)
         if sigmas is not None:
-            return float(sigmas[min(begin + self.index, len(sigmas) - 1)])
-        at = int(scheduler.timesteps[min(begin + self.index, len(scheduler.timesteps) - 1)])
+            return float(sigmas[min(at, len(sigmas) - 1)])
+        at = int(scheduler.timesteps[min(at, len(scheduler.timesteps) - 1)])
         alpha = float(scheduler.alphas_cumprod[at])
         return ((1 - alpha) / alpha) ** 0.5
 
@@ -132,16 +157,27 @@ class Run:
         if self.pipe is None:
             return Rows(("cond",), batch)
         n = self.batch or (batch // 2 if self._says_guided() else batch)
-        if n and batch == 2 * n:
-            first = type(self.pipe).__name__ in _CONDITIONAL_FIRST
-            return Rows(("cond", "uncond") if first else ("uncond", "cond"), n)
-        if n and batch % n == 0 and batch > n:
-            return Rows(
-                ("uncond", *(f"cond/{i}" if i else "cond" for i in range(batch // n - 1))), n
-            )
+        if n and batch > n:
+            return Rows(self._layout(batch // n, batch), n)
         if self.branch in ("cond", "uncond"):
             return Rows((self.branch,), batch)
         return Rows(("cond",) if self.calls_in_step == 0 else ("uncond",), batch)
+
+    def _layout(self, groups: int, batch: int) -> tuple[str, ...]:
+        """Return the roles of a batch with several groups."""
+        name = type(self.pipe).__name__
+        for pattern, layouts in _LAYOUTS.items():
+            for layout in layouts:
+                if re.fullmatch(pattern, name) and len(layout) == groups:
+                    if layout == _UNGUIDED_PAG and self._says_guided():
+                        continue
+                    return layout
+        if groups != 2 or batch % groups:
+            raise HostError(
+                f"{name} called its denoiser with {batch} rows for {self.batch} samples; which "
+                "of them are conditional is not known: patch the denoiser itself with rows=(...)"
+            )
+        return ("uncond", "cond")
 
     def guided(self, rows: Rows) -> bool:
         """Whether this run uses classifier-free guidance, in one call or two."""
@@ -167,8 +203,7 @@ class Run:
         times = getattr(self.scheduler, "timesteps", None)
         if times is None:
             return float("nan")
-        begin = getattr(self.scheduler, "begin_index", None) or 0
-        return float(times[min(begin + self.index, len(times) - 1)])
+        return float(times[min(self._begin + self.index, len(times) - 1)])
 
     def guidance_scale(self, denoiser: str) -> float:
         """Return the scale with which the pipeline mixes separate cond and uncond calls."""

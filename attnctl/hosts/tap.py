@@ -22,7 +22,7 @@ import threading
 import types
 import warnings
 import weakref
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "SiteRef",
+    "drop_names",
     "exchange_names",
     "hook",
     "name_space",
@@ -49,6 +50,7 @@ __all__ = [
 
 _LOCK = threading.RLock()
 _USES: Counter[int] = Counter()
+_DROPPED: deque[dict[int, dict[str, Any]]] = deque()
 _SPACES: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}
 _REFS: weakref.WeakValueDictionary[int, SiteRef] = weakref.WeakValueDictionary()
 _SERIAL = itertools.count(1)
@@ -189,9 +191,20 @@ def unpatch_names(space: dict[str, Any]) -> None:
                 )
 
 
+def drop_names(spaces: dict[int, dict[str, Any]]) -> None:
+    """Undo the patches of a binding that was collected, when names are exchanged next.
+
+    Not at once: torch.compile may be in the middle of reading them.
+    """
+    _DROPPED.append(spaces)
+
+
 def exchange_names(old: dict[int, dict[str, Any]], new: dict[int, dict[str, Any]]) -> None:
     """Patch the names of the modules `new` instead of those of `old`, which is updated."""
     with _LOCK:
+        while _DROPPED:
+            for space in _DROPPED.popleft().values():
+                unpatch_names(space)
         for key in set(old) - set(new):
             unpatch_names(old.pop(key))
         for key in set(new) - set(old):
@@ -266,6 +279,7 @@ def _tapped_dispatch(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         if torch.compiler.is_compiling():
             if LOCAL.site is not None:
                 _refuse(attn_mask, parallel_config)
+                attn_mask = _key_mask(attn_mask, query, key)
                 # layout [B, H, N, D] for the operator: views only
                 out = torch.ops.attnctl.attend(
                     query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2),
@@ -275,6 +289,7 @@ def _tapped_dispatch(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
                 return out.transpose(1, 2)
         elif LOCAL.ref is not None:
             _refuse(attn_mask, parallel_config)
+            attn_mask = _key_mask(attn_mask, query, key)
             out = _attend(
                 LOCAL.ref, _next_index(),
                 query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2),
@@ -317,6 +332,13 @@ def _sdpa(
     return functional.scaled_dot_product_attention(
         q, k, v, mask, 0.0, causal, scale=scale, enable_gqa=gqa
     )
+
+
+def _key_mask(mask: Any, query: Tensor, key: Tensor) -> Any:
+    """Write a key mask [B, Nk], which the dispatcher also takes, as [B, 1, 1, Nk]."""
+    if isinstance(mask, Tensor) and mask.shape == (query.shape[0], key.shape[1]):
+        return mask[:, None, None]
+    return mask
 
 
 def _tokens_first(stock: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -382,7 +404,16 @@ def _dispatch_base(backend: str) -> Callable[..., Tensor]:
     return stock
 
 
+def _no_gradient(ctx: Any, grad: Tensor) -> Any:
+    raise HostError(
+        "a denoiser that is both patched and compiled has no gradient: call it under "
+        "torch.no_grad(), or leave torch.compile out"
+    )
+
+
 if not hasattr(torch.ops.attnctl, "attend"):
-    torch.library.custom_op(
+    _operator = torch.library.custom_op(
         "attnctl::attend", _compiled_attend, mutates_args=(), tags=_TAGS or None
-    ).register_fake(lambda q, k, v, *rest: q.new_empty((*q.shape[:-1], v.shape[-1])))
+    )
+    _operator.register_fake(lambda q, k, v, *rest: q.new_empty((*q.shape[:-1], v.shape[-1])))
+    _operator.register_autograd(_no_gradient)

@@ -95,7 +95,8 @@ def find(control: str, target: Any, name: str | None = None) -> Preset:
         for preset in known:
             if preset.name == name:
                 return preset
-        raise OptionError(f"{control} has no preset {name!r}.{nearest(name, names)} {_list(names)}")
+        hint = nearest(name, names)
+        raise OptionError(f"{control} has no preset {name!r}.{hint} {_list(names)}")
     denoiser, layers, heads = _structure(target)
     for preset in known:
         if preset.fits(denoiser, layers, heads):

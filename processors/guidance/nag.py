@@ -96,6 +96,7 @@ class NAG(Control):
     name: ClassVar[str] = "nag"
     kinds: ClassVar[tuple[str, ...]] = ("cross", "joint")
     adds_rows: ClassVar[bool] = True
+    own_rows_only: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for key, ok, want in (

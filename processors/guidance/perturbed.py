@@ -106,6 +106,7 @@ class PerturbedGuidance(Control):
 
     kinds: ClassVar[tuple[str, ...]] = ("self", "joint")
     adds_rows: ClassVar[bool] = True
+    own_rows_only: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.u <= 1:

@@ -131,13 +131,12 @@ class SEG(PerturbedGuidance):
     def _attend(self, call: AttentionCall, at: slice, grid: tuple[int, int, int]) -> Tensor:
         """Return the output [b, h, n, D] of the n queries `at`, blurred."""
         q, mask = call.q[:, :, at], call.mask
-        own_rows = mask is not None and mask.ndim >= 2 and mask.shape[-2] > 1
         new = blur_queries(q, grid, self.sigma)
         if call.is_causal:
             whole = call.q.clone()
             whole[:, :, at] = new
             return call.proceed(q=whole)[:, :, at]
-        if own_rows:
+        if mask is not None and mask.ndim >= 2 and mask.shape[-2] > 1:
             return call.proceed(q=new.contiguous(), mask=mask[..., at, :])
         if self.sigma > INFINITE:  # all rows are the same
             return call.proceed(q=new[:, :, :1]).expand(*q.shape[:3], -1)

@@ -1,0 +1,201 @@
+"""The pages: code blocks run, links resolve, named code exists, generated files are current."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import importlib.util
+import re
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import attnctl
+from attnctl import assets
+from attnctl.hosts.families import Family
+from attnctl.testing import zoo
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+REGISTRY = sys.modules["attnctl.control"]._REGISTRY
+
+_BLOCK = re.compile(r"^<!-- (runs|runs on) -->\n+```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+_FENCED = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
+_LINK = re.compile(r"\]\(([^)\s]+)\)")
+_HEADING = re.compile(r"^#{1,6} (.+)$", re.MULTILINE)
+_CODE = re.compile(r"`((?:\w+/)+\w+\.py)(?:::([\w.]+))?`")
+
+
+def name_of(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+# -- code ------------------------------------------------------------------------------------
+
+
+def chains(page: Path) -> Iterator[tuple[int, list[tuple[int, str]]]]:
+    """Yield (number, blocks): a block that runs, with those that run on in its names."""
+    text, found = page.read_text(encoding="utf-8"), []
+    for match in _BLOCK.finditer(text):
+        line = text.count("\n", 0, match.start(2)) + 1
+        if match[1] == "runs":
+            found.append([])
+        found[-1].append((line, match[2]))
+    yield from enumerate(found)
+
+
+CHAINS = [
+    pytest.param(page, blocks, id=f"{name_of(page)}-{number}")
+    for page in PAGES
+    for number, blocks in chains(page)
+]
+
+
+@pytest.fixture
+def same_registry() -> Iterator[None]:
+    """Forget the controls that an example registers."""
+    attnctl.controls()
+    before = dict(REGISTRY)
+    yield
+    REGISTRY.clear()
+    REGISTRY.update(before)
+
+
+@pytest.mark.usefixtures("same_registry")
+@pytest.mark.parametrize(("page", "blocks"), CHAINS)
+def test_code_runs(
+    page: Path, blocks: list[tuple[int, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Run a chain of blocks in one fresh module, then the tests that they define."""
+    if any('"tiny-sd3"' in code for _, code in blocks) and "tiny-sd3" not in assets.names():
+        pytest.skip("tiny-sd3 is not in this tree")
+    monkeypatch.chdir(tmp_path)
+    module = types.ModuleType("example_of_the_docs")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    for line, code in blocks:
+        # blank lines before it make the line numbers of a traceback those of the page
+        exec(compile("\n" * (line - 1) + code, str(page), "exec"), vars(module))
+    for name, value in list(vars(module).items()):
+        if name.startswith("test_"):
+            value()
+
+
+def test_there_is_code_to_run() -> None:
+    pages = {name_of(param.values[0]) for param in CHAINS}
+    assert {"CONTRIBUTING.md", "docs/concepts.md", "docs/selectors.md"} <= pages
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_every_python_block_is_python(page: Path) -> None:
+    for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
+        inside = block if not block.lstrip().startswith('"') else f"{{\n{block}}}"
+        ast.parse(inside)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_no_mark_is_lost(page: Path) -> None:
+    """A comment that is not right above a python block would run nothing."""
+    marks = re.findall(r"^<!-- runs(?: on)? -->", page.read_text(), re.MULTILINE)
+    assert len(marks) == sum(len(blocks) for _, blocks in chains(page))
+
+
+# -- links and names ---------------------------------------------------------------------------
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the anchors of a page's headings, as code hosts and mkdocs make them."""
+    text = _FENCED.sub("", page.read_text(encoding="utf-8"))
+    plain = (re.sub(r"[^\w\- ]", "", title.lower()) for title in _HEADING.findall(text))
+    return {title.strip().replace(" ", "-") for title in plain}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_relative_links_resolve(page: Path) -> None:
+    text = _FENCED.sub("", page.read_text(encoding="utf-8"))
+    broken = []
+    for link in _LINK.findall(text):
+        if re.match(r"[a-z]+:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            broken.append(link)
+    assert not broken
+
+
+@functools.cache
+def names_in(file: Path) -> set[str]:
+    """Return the functions and classes of a file, methods as Class.method."""
+    names = set()
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            names |= {
+                f"{node.name}.{inner.name}"
+                for inner in node.body
+                if isinstance(inner, ast.FunctionDef)
+            }
+    return names
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_named_code_exists(page: Path) -> None:
+    """`folder/file.py::Class.method` in a page is there; new files of the example are not."""
+    for path, name in _CODE.findall(page.read_text(encoding="utf-8")):
+        if "sharpen" in path:
+            continue
+        assert (ROOT / path).is_file(), path
+        assert not name or name in names_in(ROOT / path), f"{path}::{name}"
+
+
+def test_every_family_field_is_explained() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    for field in dataclasses.fields(Family):
+        assert f"| `{field.name}` |" in text
+
+
+def test_every_control_has_its_page() -> None:
+    index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    nav = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    for name in attnctl.controls():
+        assert f"controls/{name}.md" in index and f"controls/{name}.md" in nav
+        assert (ROOT / "docs" / "controls" / f"{name}.md").is_file()
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    nav = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    pages = {p.relative_to(ROOT / "docs").as_posix() for p in (ROOT / "docs").rglob("*.md")}
+    listed = set(re.findall(r": ([\w/-]+\.md)$", nav, re.MULTILINE))
+    assert pages == listed
+
+
+# -- generated files ---------------------------------------------------------------------------
+
+
+def script(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_picture_is_current() -> None:
+    drawing = script("make_query_path")
+    assert drawing.PICTURE.read_text(encoding="utf-8") == drawing.svg()
+
+
+def test_the_support_table_is_current() -> None:
+    table = script("make_support")
+    try:
+        made = table.page()
+    except zoo.FamilyUnavailable as error:
+        pytest.skip(f"the table is made with a newer diffusers: {error}")
+    assert table.PAGE.read_text(encoding="utf-8") == made
