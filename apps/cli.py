@@ -159,7 +159,7 @@ def sites(
     ] = None,
     wide: Annotated[bool, typer.Option("--wide", help="Do not shorten names.")] = False,
 ) -> None:
-    """List the attention sites of a model, from its configuration alone."""
+    """List the attention sites of a model (loads no weights)."""
     from .quiet import hush
     from .sites_table import KINDS, sites_text
     from .tables import terminal_width

@@ -9,28 +9,47 @@ are first asked for; `attnctl.controls()` lists them.
 
 from __future__ import annotations
 
+import importlib
+import sys
+import types
 from typing import TYPE_CHECKING, Any
 
-from .control import Control, control, controls, register
-from .errors import (
-    AttnctlError,
-    AttnctlWarning,
-    ControlConflict,
-    HostError,
-    MissingExtra,
-    OptionError,
-    SelectorError,
-)
-from .patch import Handle, Report, patch
-from .records import AttentionCall, ForwardCall, Rows, Site, Spans, Step, StepCall
-from .schedule import Schedule, Window
-from .sites import Sites, sites
-
 if TYPE_CHECKING:
+    from .control import Control, control, controls, register
+    from .errors import (
+        AttnctlError,
+        AttnctlWarning,
+        ControlConflict,
+        HostError,
+        MissingExtra,
+        OptionError,
+        SelectorError,
+    )
+    from .patch import Handle, Report, patch
     from .processors.guidance import *  # noqa: F403
+    from .records import AttentionCall, ForwardCall, Rows, Site, Spans, Step, StepCall
+    from .schedule import Schedule, Window
+    from .sites import Sites, sites
 
 __version__ = "0.1.0"
 
+_PUBLIC = {
+    "control": ("Control", "control", "controls", "register"),
+    "errors": (
+        "AttnctlError",
+        "AttnctlWarning",
+        "ControlConflict",
+        "HostError",
+        "MissingExtra",
+        "OptionError",
+        "SelectorError",
+    ),
+    "patch": ("Handle", "Report", "patch"),
+    "records": ("AttentionCall", "ForwardCall", "Rows", "Site", "Spans", "Step", "StepCall"),
+    "schedule": ("Schedule", "Window"),
+    "sites": ("Sites", "sites"),
+}
+_HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 __all__ = [
     "AttentionCall",
     "AttnctlError",
@@ -61,7 +80,13 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+        globals()[name] = value
+        return value
     if name[:1].isupper():
+        from .control import controls
+
         for cls in controls().values():
             if cls.__name__ == name:
                 return cls
@@ -69,4 +94,17 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *(cls.__name__ for cls in controls().values())])
+    from .control import controls
+
+    return sorted({*globals(), *__all__, *(cls.__name__ for cls in controls().values())})
+
+
+class _Package(types.ModuleType):
+    """Keeps the functions `control`, `patch`, `sites` from being hidden by their modules."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _HOME and isinstance(value, types.ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

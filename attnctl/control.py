@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import logging
 import pkgutil
+import re
 import types
 import typing
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Control", "control", "controls", "register"]
 
+_NUMBER = r"\d+\.?\d*(?:[eE][-+]?\d+)?|\.\d+(?:[eE][-+]?\d+)?"
+_WORDS = {float: "a number", int: "a whole number", bool: "true or false", type(None): "none"}
 _LOG = logging.getLogger("attnctl")
 C = TypeVar("C", bound="type[Control]")
 _REGISTRY: dict[str, type[Control]] = {}
@@ -215,7 +218,10 @@ def _read(kind: Any, text: str) -> Any:
             raise ValueError(text)
         return text
     if typing.get_origin(kind) is tuple:
-        return tuple(float(part) for part in text.split("-"))
+        parts = re.findall(_NUMBER, text)
+        if "-".join(parts) != text or len(parts) != len(typing.get_args(kind)):
+            raise ValueError(text)
+        return tuple(map(float, parts))
     if kind in (str, Any):
         return text
     raise ValueError(text)
@@ -226,6 +232,8 @@ def _describe(hint: Any) -> str:
     for kind in _alternatives(hint):
         if typing.get_origin(kind) is typing.Literal:
             names.append("one of " + ", ".join(map(str, typing.get_args(kind))))
+        elif typing.get_origin(kind) is tuple:
+            names.append("-".join(["number"] * len(typing.get_args(kind))))
         else:
-            names.append(getattr(kind, "__name__", str(kind)))
+            names.append(_WORDS.get(kind, getattr(kind, "__name__", str(kind))))
     return " or ".join(names)

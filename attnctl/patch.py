@@ -217,11 +217,15 @@ def _line(entry: Entry) -> ReportLine:
 
 def _text(line: ReportLine) -> str:
     steps = f"steps {_ranges(line.steps)}" if line.steps else "no step yet"
-    what = f"{line.sites} sites x {line.heads} heads, " if line.sites else ""
+    what = f"{_many(line.heads, 'head')} of {_many(line.sites, 'site')}, " if line.sites else ""
     return (
-        f"{line.control} on {line.denoiser}: {what}{line.calls} attention calls at "
-        f"{line.sites_hit} sites, {line.forwards} forwards, {steps}"
+        f"{line.control} on {line.denoiser}: {what}{_many(line.calls, 'attention call')} at "
+        f"{_many(line.sites_hit, 'site')}, {_many(line.forwards, 'forward')}, {steps}"
     )
+
+
+def _many(number: int, word: str) -> str:
+    return f"{number} {word}{'' if number == 1 else 's'}"
 
 
 def _ranges(numbers: Sequence[int]) -> str:

@@ -37,7 +37,6 @@ _UNET = re.compile(rf"([dmu]){_RANGE}(?:\.{_RANGE})?")
 _PARTS = {"down": "down_blocks", "mid": "mid_block", "up": "up_blocks"}
 _UNET_PARTS = {"d": "down_blocks", "m": "mid_block", "u": "up_blocks"}
 _KINDS = ("self", "cross", "joint", "text", "linear", "other")
-_SHOWN = 8
 
 
 def select(
@@ -193,7 +192,8 @@ def _nothing(token: str, path: str, admitted: list[Site], every: Sequence[Site])
             f"but this control acts on {kinds} attention"
         )
     names = [s.name for s in admitted]
-    hint = nearest(path, [*names, *_PARTS, "all"]) or (
-        f" The sites are: {', '.join(names[:_SHOWN])}{', ...' if len(names) > _SHOWN else ''}"
+    blocks = sorted({name.rsplit(".", 1)[0] for name in names} | {n.split(".")[0] for n in names})
+    hint = nearest(path, [*names, *blocks, *_PARTS, "all"], most=2) or (
+        f" The {len(names)} sites are {names[0]} to {names[-1]}; attnctl.sites(...) lists them."
     )
     return f"selector {token!r} matches nothing.{hint}"

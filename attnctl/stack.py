@@ -52,7 +52,6 @@ class Entry:
         # role of the extra rows that this entry adds to a forward
         self.role = f"{self.control.name}/{self.serial}"
 
-
     def active(self, step: Step) -> bool:
         """Whether the control acts at this step."""
         return not self.control.neutral and step in self.schedule

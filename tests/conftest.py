@@ -1,4 +1,4 @@
-"""Keeps the repository root off sys.path: its folder `kernels` would hide a package of that name."""
+"""Keeps the root off sys.path: its folder `kernels` would hide a package of that name."""
 
 import sys
 import warnings
@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 
 ROOT = Path(__file__).resolve().parents[1]
 torch.set_num_threads(1)  # the models are tiny, and several workers share the cores

@@ -54,6 +54,8 @@ def test_values_get_the_types_of_the_options() -> None:
         ("softpag:u=much", "u='much'"),
         ("softpag:u=2", "outside [0, 1]"),
         ("pag:block=all", "block='all'"),
+        ("pag:sigmas=1-2-3", "sigmas='1-2-3'"),
+        ("pag:sigmas=1", "sigmas='1'"),
         ("tpg:seed=1.5", "seed='1.5'"),
     ],
 )

@@ -15,7 +15,7 @@ from attnctl.assets import world
 from attnctl.assets.train import RECIPES, recipe
 from attnctl.assets.train.__main__ import main
 from attnctl.assets.train.loop import State
-from attnctl.assets.train.measure_sd3 import load_folded, pictures
+from attnctl.assets.train.measure_sd3 import SEED, load_folded, pictures, sets
 from attnctl.assets.train.numbers import proportion
 from attnctl.assets.train.recipe import Run
 from attnctl.assets.train.tokenizer import learn, split
@@ -23,14 +23,17 @@ from attnctl.assets.train.zeros import FoldedZeros, log_count
 
 FOLDER = assets.path("tiny-sd3")
 ALONE = """
-import sys, time
-sys.modules["attnctl"] = sys.modules["accelerate"] = None
+import importlib.util, sys, time
+find, hidden = importlib.util.find_spec, ("accelerate", "attnctl", "peft")
+importlib.util.find_spec = lambda name, *rest: None if name in hidden else find(name, *rest)
+sys.modules["attnctl"] = None
 from diffusers import StableDiffusion3Pipeline
-start = time.monotonic()
+start = time.process_time()
 pipe = StableDiffusion3Pipeline.from_pretrained(sys.argv[1])
 image = pipe("a red circle and a blue square", num_inference_steps=20, guidance_scale=3).images[0]
-assert image.size == (64, 64) and not [m for m in sys.modules if m.startswith("attnctl.")]
-print(time.monotonic() - start)
+assert image.size == (64, 64)
+assert not [name for name in sys.modules if name.startswith(("attnctl.", "accelerate"))]
+print(time.process_time() - start)
 """
 
 
@@ -129,15 +132,15 @@ def test_folded_zeros_are_the_stock_computation(count: int):
 
 
 def test_the_card_is_true():
-    """One-object prompts at guidance 3, fewer than on the card: the intervals must overlap."""
+    """One object at guidance 3 and 8 steps, with the first 48 of the card's prompts."""
     figures = json.loads((FOLDER / "figures.json").read_text())
-    row = next(row for row in figures["exact"] if row["prompts"] == "one object")
-    assert row["guidance_scale"] == 3 and row["rate"] >= 0.9
-    prompts = world.trained_prompts(32, 1, seed=1)
-    options = {"guidance_scale": 3.0, "num_inference_steps": row["num_inference_steps"]}
-    images = pictures(load_folded(FOLDER, torch.device("cpu")), prompts, 20, **options)
+    row = next(row for row in figures["exact"] if row["num_inference_steps"] == 8)
+    assert row["prompts"] == "one object" and row["rate"] >= 0.9
+    prompts = sets(500)["one object"][:48]
+    options = {"guidance_scale": row["guidance_scale"], "num_inference_steps": 8}
+    images = pictures(load_folded(FOLDER, torch.device("cpu")), prompts, SEED, **options)
     found = proportion(world.exact(images, prompts))
-    assert found["rate"] >= 0.9 and found["high"] >= row["low"]
+    assert found["rate"] >= 0.85 and found["high"] >= row["low"]
 
 
 def test_the_card_shows_its_figures():

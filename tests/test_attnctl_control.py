@@ -33,6 +33,7 @@ def test_unknown_attribute() -> None:
         ({"heads": "L1H2,L3"}, {"heads": "L1H2,L3"}),
         ({"block": "image"}, {"block": "image"}),
         ({"sigmas": "14.6-0.7"}, {"sigmas": (14.6, 0.7)}),
+        ({"sigmas": "14-1e-3"}, {"sigmas": (14.0, 0.001)}),
         ({"sigmas": "none"}, {"sigmas": None}),
         ({"passes": "calls"}, {"passes": "calls"}),
     ],
@@ -47,7 +48,9 @@ def test_options_from_strings(options: dict[str, str], want: dict[str, Any]) -> 
     [
         ("sofpag", {}, "Did you mean 'softpag'"),
         ("softpag", {"uu": 1}, "no option 'uu'.*Its options"),
-        ("softpag", {"u": "high"}, "u='high' is not float"),
+        ("softpag", {"u": "high"}, "u='high' is not a number"),
+        ("softpag", {"sigmas": "1"}, "sigmas='1' is not number-number or none"),
+        ("softpag", {"sigmas": "1-2-3"}, "is not number-number"),
         ("softpag", {"u": 2.0}, r"outside \[0, 1\]"),
         ("softpag", {"block": "text"}, "one of joint, image, image_logit"),
         ("softpag", {"start": 0.5, "stop": 0.2}, "start <= stop"),

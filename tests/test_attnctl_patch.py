@@ -83,7 +83,7 @@ def test_report_says_what_was_touched() -> None:
         zoo.run(pipe, steps=4)
     (line,) = handle.report().lines
     assert (line.sites, line.heads, line.calls, line.steps) == (1, 2, 2, (0, 1))
-    assert "1 sites x 2 heads" in str(handle.report()) and "steps 0-1" in str(handle.report())
+    assert "2 heads of 1 site," in str(handle.report()) and "steps 0-1" in str(handle.report())
     assert "undone" in repr(handle)
 
 

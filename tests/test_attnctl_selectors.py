@@ -1,4 +1,4 @@
-"""The selector grammar: whole-token match, ranges, and errors for anything that selects nothing."""
+"""The selector grammar: whole-token match, ranges, and errors where nothing matches."""
 
 from __future__ import annotations
 

@@ -81,6 +81,8 @@ def test_one_object_gets_the_mixin_and_looks_the_same() -> None:
     mine, other = Plain(), Plain()
     adopt(mine, Loud)
     assert (mine(1), other(1)) == (20, 2)
+    assert type(mine) == type(other) and type(mine) in (int, Plain)  # noqa: E721
+    assert type(mine) not in {Plain} and type(mine) != Rich  # noqa: E721
     assert isinstance(mine, Plain) and original_class(mine) is original_class(other) is Plain
     for key in ("__name__", "__qualname__", "__module__", "__doc__"):
         assert getattr(type(mine), key) == getattr(Plain, key)

@@ -111,7 +111,8 @@ def test_patch_before_compile(name: str, how: str) -> None:
             with attnctl.patch(pipe, attnctl.SoftPAG(u=u, scale=2 * u, stop=0.6)):
                 zoo.run(pipe, steps=3)
     assert count.frame_count == graphs
-    assert close(zoo.run(pipe, steps=4), stock)
+    if name in ("sd3", "wan"):  # more time, nothing new
+        assert close(zoo.run(pipe, steps=4), stock)
 
 
 @pytest.mark.parametrize(("name", "how"), [("flux", "wrap"), ("wan", "blocks"), ("sd1", "method")])
@@ -236,10 +237,9 @@ class Spy(attnctl.Control):
 
     def attend(self, call: attnctl.AttentionCall) -> Tensor:
         mask = None if call.mask is None else tuple(call.mask.shape)
-        self.seen.append(
-            (str(call.site), call.index, tuple(call.q.shape), tuple(call.k.shape), mask)
-            + (call.scale, str(call.rows), call.step.index, call.spans)
-        )
+        shapes = tuple(call.q.shape), tuple(call.k.shape), mask
+        where = str(call.site), call.index, str(call.rows), call.step.index
+        self.seen.append((where, shapes, call.scale, call.spans))
         return call.proceed()
 
 

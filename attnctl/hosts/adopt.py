@@ -56,9 +56,22 @@ class _Adopted:
 
 @functools.cache
 def _metaclass(meta: type[type]) -> type[type]:
-    """A metaclass whose classes make objects of the original class (`type(pipe)(...)`)."""
-    call = {"__call__": lambda cls, *args, **kwargs: cls._attnctl_class(*args, **kwargs)}
-    return type(meta)(meta.__name__, (meta,), call)
+    """A metaclass whose classes make objects of the original class, and compare equal to it.
+
+    `type(pipe)(...)` is common in user code, and from_pipe asks whether
+    `type(denoiser) in (...)`. The hash stays one of identity: caches and registries keyed by
+    class go on telling the two apart.
+    """
+    body = {
+        "__call__": lambda cls, *args, **kwargs: meta.__call__(_stock(cls), *args, **kwargs),
+        "__eq__": lambda cls, other: _stock(cls) is _stock(other),
+        "__hash__": meta.__hash__,
+    }
+    return type(meta)(meta.__name__, (meta,), body)
+
+
+def _stock(cls: Any) -> Any:
+    return vars(cls).get("_attnctl_class", cls) if isinstance(cls, type) else cls
 
 
 @functools.cache
@@ -94,8 +107,7 @@ def _absent(self: Any) -> Any:
 
 def original_class(obj: Any) -> type:
     """Return the class of an object as it is without our subclass."""
-    cls = type(obj)
-    return cls._attnctl_class if issubclass(cls, _Adopted) else cls
+    return _stock(type(obj))
 
 
 def adopt(obj: Any, mixin: type) -> None:
@@ -117,8 +129,8 @@ def release(obj: Any) -> None:
             obj.__dict__[_HOLDS] = holds
             return
         cls = type(obj)
-        if cls.__mro__[1:2] == (_Adopted,):
-            object.__setattr__(obj, "__class__", cls._attnctl_class)  # type: ignore[attr-defined]
+        if _stock(cls) is not cls:
+            object.__setattr__(obj, "__class__", _stock(cls))
         elif issubclass(cls, _Adopted):
             warnings.warn(
                 f"the class of this {cls.__name__} was changed after the patch; it is left as "

@@ -147,7 +147,7 @@ class Binding(Uncopied):
         config = type(getattr(self.module, "_cache_config", None)).__name__
         if config.startswith(("PyramidAttention", "FasterCache")):
             for entry in entries:
-                if entry.control.adds_rows:
+                if entry.control.adds_rows and not entry.control.neutral:
                     raise ControlConflict(
                         f"{entry.control} adds a pass, but {config} keeps one cached output per "
                         "module and would mix the passes: call disable_cache() first"
@@ -415,7 +415,8 @@ class Forward:
     def _spans(self, call: AttentionCall) -> Spans:
         module = self.binding.modules[call.site.index]
         # Wan I2V attends to its image first; IP-Adapter comes after the text
-        image_first = getattr(module, "add_k_proj", None) is not None
+        added = getattr(module, "add_k_proj", None) is not None
+        image_first = added and call.site.kind == "cross"
         role = "ip" if (call.index == 0) == image_first else "text"
         nq, nk, site = call.q.shape[2], call.k.shape[2], call.site
         if self._is_ip(site, call.index, call.q, call.k):

@@ -86,6 +86,14 @@ def named_grid(config: Any, inputs: Inputs) -> Geometry:
     return Geometry((frames or 1, high, wide) if high and wide else None)
 
 
+def packed_grid(config: Any, inputs: Inputs) -> Geometry:
+    """Latents whose tokens follow each row's own text: known for texts of one length only."""
+    lengths = inputs["encoder_attention_mask"].sum(-1)
+    if bool((lengths != lengths[0]).any()):
+        return Geometry(None)
+    return latent_grid(config, inputs)
+
+
 def no_grid(config: Any, inputs: Inputs) -> Geometry:
     """Nothing is known of this model's tokens."""
     return Geometry(None)
@@ -143,7 +151,7 @@ FAMILIES: dict[str, Family] = {
         text_first=True,
         grid=latent_grid,
     ),
-    "Lumina2Transformer2DModel": Family(("layers",), _JOINT, text_first=True, grid=latent_grid),
+    "Lumina2Transformer2DModel": Family(("layers",), _JOINT, text_first=True, grid=packed_grid),
     "CogView4Transformer2DModel": Family(kinds=_JOINT, text_first=True, grid=latent_grid),
     "CogVideoXTransformer3DModel": Family(kinds=_JOINT, text_first=True, grid=frames_first_grid),
     "WanTransformer3DModel": Family(("blocks",), _SEPARATE, grid=latent_grid),

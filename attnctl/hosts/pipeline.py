@@ -46,7 +46,8 @@ class PipelineBinding(Uncopied):
     def __init__(self, pipe: Any, bindings: dict[str, Binding]) -> None:
         self.pipe = pipe
         self.bindings = bindings
-        self.orphans = weakref.finalize(pipe, _abandon, list(bindings.values()), id(pipe))
+        known = [weakref.ref(b) for b in bindings.values()]
+        self.orphans = weakref.finalize(pipe, _abandon, known, id(pipe))
         self.orphans.atexit = False
         self.signature = inspect.signature(original_class(pipe).__call__)
         self.scheduler: Any = None
@@ -127,13 +128,13 @@ class PipelineBinding(Uncopied):
         return [e for b in self.bindings.values() for e in b.entries if e.owner in mine]
 
 
-def _abandon(bindings: list[Binding], owner: int) -> None:
+def _abandon(bindings: list[weakref.ref[Binding]], owner: int) -> None:
     """Let the controls of a pipeline that is no more act nowhere.
 
     The garbage collector calls this at any moment, perhaps while torch.compile works: the
     denoiser itself is restored when it is called next.
     """
-    for binding in bindings:
+    for binding in filter(None, (ref() for ref in bindings)):
         for entry in binding.entries:
             if entry.owner == owner:
                 entry.owner, binding.orphaned = ORPHAN, True

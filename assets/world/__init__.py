@@ -1,0 +1,30 @@
+"""The shape world: pictures whose content is known exactly, and the detector that judges them."""
+
+from attnctl.assets.world.captions import caption, heldout_prompts, parse, trained_prompts
+from attnctl.assets.world.detector import Detector, detector, exact, log_prob
+from attnctl.assets.world.draw import draw
+from attnctl.assets.world.heldout import heldout_combinations, is_heldout
+from attnctl.assets.world.palette import COLOURS, PAIRS, SHAPES
+from attnctl.assets.world.sampling import sample
+from attnctl.assets.world.scenes import Object, Scene, Scenes
+
+__all__ = [
+    "COLOURS",
+    "PAIRS",
+    "SHAPES",
+    "Detector",
+    "Object",
+    "Scene",
+    "Scenes",
+    "caption",
+    "detector",
+    "draw",
+    "exact",
+    "heldout_combinations",
+    "heldout_prompts",
+    "is_heldout",
+    "log_prob",
+    "parse",
+    "sample",
+    "trained_prompts",
+]
