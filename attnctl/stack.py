@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from itertools import count
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from .control import Control
-from .errors import ControlConflict
+from .errors import AttnctlWarning, ControlConflict
 from .records import AttentionCall, ForwardCall, Rows, Step
 from .selectors import Selection
 from .sites import Sites
@@ -42,7 +43,7 @@ class Entry:
     calls: Counter[int] = field(default_factory=Counter)
     steps: set[int] = field(default_factory=set)
     forwards: int = 0
-    extra_rows: int = 0
+    warned: bool = False
 
     def __post_init__(self) -> None:
         cls = type(self.control)
@@ -61,6 +62,18 @@ class Entry:
         if not self.attends or site not in self.selection:
             return False
         return self.role in rows or not self.control.own_rows_only
+
+    def warn_untouched(self) -> None:
+        """Warn, once, that a forward reached none of the selected sites."""
+        if not self.warned:
+            self.warned = True
+            warnings.warn(
+                f"{self.control} touched no attention call in a whole forward: the model left "
+                "its sites out (a cache), or torch.compile cut their attention into pieces "
+                "(Mochi); the control has no effect there",
+                AttnctlWarning,
+                stacklevel=2,
+            )
 
     def state(self, run: Run) -> Any:
         """Return the control's state of this run, made at first use."""

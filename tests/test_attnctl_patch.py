@@ -170,3 +170,28 @@ def test_bare_errors() -> None:
         module(**inputs)
     with attnctl.patch(sd3(), attnctl.PAG()) as handle, pytest.raises(attnctl.HostError):
         handle.rows("cond").__enter__()
+
+
+@torch.no_grad()
+def test_a_control_that_touches_nothing_warns_once() -> None:
+    """Mochi's loop over rows breaks the graph inside its attention."""
+    pipe = zoo.FAMILIES["mochi"].build()
+    pipe.transformer.compile(backend="eager")
+    with (
+        attnctl.patch(pipe, attnctl.SoftPAG()) as handle,
+        pytest.warns(attnctl.AttnctlWarning, match="touched no attention call") as warned,
+    ):
+        zoo.run(pipe)
+    assert handle.report().calls == 0
+    assert len([w for w in warned if w.category is attnctl.AttnctlWarning]) == 1
+
+
+def test_lumina_with_texts_of_unequal_length_is_refused_where_spans_matter() -> None:
+    pipe = zoo.FAMILIES["lumina2"].build()
+    with attnctl.patch(pipe, attnctl.SoftPAG(scale=0.5)):
+        zoo.run(pipe, batch=2)
+    with (
+        attnctl.patch(pipe, attnctl.SEG(sigma=1.0)),
+        pytest.raises(attnctl.HostError, match="not known"),
+    ):
+        zoo.run(pipe, batch=2)

@@ -69,7 +69,8 @@ def compile_denoiser(pipe: Any, how: str, backend: Any = "eager") -> None:
     name = zoo.get_family(pipe).denoisers[0]
     module = getattr(pipe, name)
     if how == "wrap":
-        setattr(pipe, name, torch.compile(module, fullgraph=True, backend=backend))
+        # with dynamic shapes from the start, so that both modes are run
+        setattr(pipe, name, torch.compile(module, fullgraph=True, dynamic=True, backend=backend))
     elif how == "method":
         module.compile(fullgraph=True, backend=backend)
     else:
@@ -103,7 +104,8 @@ def test_patch_before_compile(name: str, how: str) -> None:
     # the same attention calls again: nothing was off, and nothing ran twice
     assert [x.calls for x in after.lines] == [2 * x.calls for x in before.lines]
     graphs = count.frame_count
-    assert 1 <= graphs <= 3 * KINDS.get((name, how), 1)  # 2, 3 and 4 rows a sample, or 1, 2, 3
+    sizes = 1 if how == "wrap" else 3  # 2, 3 and 4 rows a sample, or 1, 2, 3
+    assert 1 <= graphs <= sizes * KINDS.get((name, how), 1)
     with torch.compiler.set_stance("fail_on_recompile"):
         zoo.run(pipe, steps=7, seed=1)
         handle.undo()
@@ -115,7 +117,7 @@ def test_patch_before_compile(name: str, how: str) -> None:
         assert close(zoo.run(pipe, steps=4), stock)
 
 
-@pytest.mark.parametrize(("name", "how"), [("flux", "wrap"), ("wan", "blocks"), ("sd1", "method")])
+@pytest.mark.parametrize(("name", "how"), [("flux", "wrap"), ("wan", "blocks"), ("sd3", "method")])
 def test_compile_before_patch(name: str, how: str) -> None:
     pipe, count = build(name, layers=1), Counter("eager")
     stock = zoo.run(pipe)
@@ -165,7 +167,7 @@ def test_extra_passes(passes: str) -> None:
     pipe = build("sd3", layers=1)
     attnctl.patch(pipe, attnctl.SoftPAG(passes=passes), attnctl.SEG(passes=passes))
     eager = zoo.run(pipe)
-    compile_denoiser(pipe, "method", "aot_eager")
+    compile_denoiser(pipe, "method", "aot_eager" if passes == "rows" else "eager")
     assert close(zoo.run(pipe), eager)
 
 

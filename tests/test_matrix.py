@@ -246,7 +246,9 @@ def test_half_precision(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", EVERY)
 def test_all_controls_at_once(name: str) -> None:
     """The whole stack runs on every family that admits its sites, and undoes exactly."""
-    pipe, before = built(name), stock(name)
+    # lumina2 packs texts of unequal length, where controls that need spans refuse
+    options = {"batch": 1} if name == "lumina2" else {}
+    pipe, before = built(name), stock(name, **options)
     kinds = {s.kind for s in attnctl.sites(pipe)}
     mild: dict[str, dict[str, Any]] = {
         "pladis": {"lam": 1.5},
@@ -258,11 +260,11 @@ def test_all_controls_at_once(name: str) -> None:
         if kinds & set(cls.kinds) and not (name == "mochi" and key == "nag"):
             stack.append(cls(**mild.get(key, {"scale": 0.3})))
     with attnctl.patch(pipe, *stack) as handle:
-        out = zoo.run(pipe)
+        out = zoo.run(pipe, **options)
         hit = {line.control.name for line in handle.report().lines if line.calls}
     assert torch.isfinite(out).all() and not torch.equal(out, before)
     assert hit == {c.name for c in stack}
-    assert torch.equal(zoo.run(pipe), before)
+    assert torch.equal(zoo.run(pipe, **options), before)
 
 
 def test_nag_says_that_mochi_attends_to_one_row_at_a_time() -> None:

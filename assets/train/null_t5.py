@@ -7,22 +7,39 @@ pipeline uses when the encoder is passed as None: zeros, one per token.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import T5Config, T5EncoderModel, T5TokenizerFast
 
 SPECIAL = ("<pad>", "</s>", "<unk>")
 SPACE = "▁"
+CONFIGURATION = {
+    "tokenizer_class": "T5TokenizerFast",
+    "extra_ids": 0,
+    "model_max_length": 512,
+    "pad_token": SPECIAL[0],
+    "eos_token": SPECIAL[1],
+    "unk_token": SPECIAL[2],
+}
 
 
 def null_tokenizer(folder: Path, words: Iterable[str]) -> T5TokenizerFast:
     """T5 tokenizer whose vocabulary is the given words; written to ``folder``."""
     spaced = [(SPACE, -2.0), *((SPACE + word, -1.0) for word in words)]
-    vocabulary = [*((token, 0.0) for token in SPECIAL), *spaced]
-    tokenizer = T5TokenizerFast(vocab=vocabulary, extra_ids=0, model_max_length=512)
-    tokenizer.save_pretrained(folder)
+    core = Tokenizer(models.Unigram([*((token, 0.0) for token in SPECIAL), *spaced], unk_id=2))
+    core.add_special_tokens(list(SPECIAL))
+    core.pre_tokenizer = pre_tokenizers.Metaspace(SPACE)
+    core.decoder = decoders.Metaspace(SPACE)
+    end = (SPECIAL[1], 1)
+    core.post_processor = processors.TemplateProcessing(f"$A {end[0]}", special_tokens=[end])
+    folder.mkdir(parents=True, exist_ok=True)
+    core.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(CONFIGURATION, indent=2) + "\n")
+    tokenizer: T5TokenizerFast = T5TokenizerFast.from_pretrained(folder)
     return tokenizer
 
 

@@ -43,9 +43,11 @@ def _tidy(folder: Path) -> None:
 
     Also drop where the autoencoder was loaded from.
     """
-    for name in ("tokenizer", "tokenizer_2"):
+    for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
         shutil.rmtree(folder / name)
-        tokenizer(folder / name)
+    tokenizer(folder / "tokenizer")
+    tokenizer(folder / "tokenizer_2")
+    null_tokenizer(folder / "tokenizer_3", WORDS)
     for config in folder.glob("text_encoder*/config.json"):
         _change(config, dtype="float32")
     _change(folder / "vae/config.json", _name_or_path=None)

@@ -75,7 +75,8 @@ class VaeRecipe(Recipe):
         place = self.run.out / "vae"
         shift, scale = spread(self.model, *self.batch(2 if self.run.smoke else 1024))
         self.model.register_to_config(shift_factor=shift, scaling_factor=scale)
-        rounded(self.model).save_pretrained(place)
+        saved: Any = rounded(self.model)
+        saved.save_pretrained(place)
         return place
 
     def figures(self, place: Path) -> dict[str, Any]:

@@ -43,7 +43,8 @@ class _Adopted:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Reduce to the original class, with nothing of ours in the state."""
-        make, args, *rest = super().__reduce_ex__(protocol)
+        reduced: Any = super().__reduce_ex__(protocol)
+        make, args, *rest = reduced
         mine, stock = type(self), self._attnctl_class
         if make is copyreg.__newobj__:  # type: ignore[attr-defined]
             # pickle insists that this one gets the object's present class
@@ -55,7 +56,7 @@ class _Adopted:
 
 
 @functools.cache
-def _metaclass(meta: type[type]) -> type[type]:
+def _metaclass(meta: Any) -> Any:
     """A metaclass whose classes make objects of the original class, and compare equal to it.
 
     `type(pipe)(...)` is common in user code, and from_pipe asks whether
@@ -75,7 +76,7 @@ def _stock(cls: Any) -> Any:
 
 
 @functools.cache
-def _subclass(cls: type, mixin: type) -> type:
+def _subclass(cls: Any, mixin: Any) -> Any:
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
     body: dict[str, Any] = {**names, "__doc__": cls.__doc__, "_attnctl_class": cls}
     for name, wrapper in vars(mixin).items():
@@ -96,8 +97,9 @@ def _front(stock: Any, wrapper: Any) -> Any:
         return stock(self, *args, **kwargs)
 
     # torch.compile counts recompilations by code object: each class needs its own
-    front.__code__ = front.__code__.replace()
-    return front
+    made: Any = front
+    made.__code__ = made.__code__.replace()
+    return made
 
 
 def _absent(self: Any) -> Any:
@@ -114,7 +116,8 @@ def adopt(obj: Any, mixin: type) -> None:
     """Put `mixin` in front of the object's class; counted, each needs one `release`."""
     with _LOCK:
         if not issubclass(type(obj), _Adopted):
-            object.__setattr__(obj, "__class__", _subclass(type(obj), mixin))
+            cls: Any = type(obj)
+            object.__setattr__(obj, "__class__", _subclass(cls, mixin))
         obj.__dict__[_HOLDS] = obj.__dict__.get(_HOLDS, 0) + 1
 
 

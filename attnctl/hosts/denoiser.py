@@ -362,8 +362,15 @@ class Forward:
                 out = self.stock(**call.inputs)
         finally:
             LOCAL.forward, LOCAL.ref, LOCAL.site = before, None, None
+        self._check_touched(call.rows)
         sample, self.wrap = _open(out)
         return sample
+
+    def _check_touched(self, rows: Rows) -> None:
+        """Warn once of a control whose sites made no attention call in a whole forward."""
+        for entry in self.active:
+            if not entry.calls and any(entry.wants(site, rows) for site in entry.selection):
+                entry.warn_untouched()
 
     @contextlib.contextmanager
     def _own_cache(self, call: ForwardCall) -> Iterator[None]:

@@ -60,8 +60,8 @@ class PipelineBinding(Uncopied):
         binding = pipe.__dict__.get(SLOT)
         if binding is None:
             # by the names of this pipeline: a bare patch may have named them otherwise
-            modules = {n: binding_of(m) for n, m in denoisers(pipe).items()}
-            named = {n: b for n, b in modules.items() if b in bindings.values()}
+            found = {n: binding_of(m) for n, m in denoisers(pipe).items()}
+            named = {n: b for n, b in found.items() if b is not None}
             binding = pipe.__dict__[SLOT] = cls(pipe, named)
             adopt(pipe, PipelineCalls)
         binding.uses += 1

@@ -124,7 +124,8 @@ def name_space(processor: Any) -> dict[str, Any] | None:
 
     None if it uses neither name, so that it cannot be controlled.
     """
-    return _name_space(type(processor))
+    cls: Any = type(processor)
+    return _name_space(cls)
 
 
 @functools.cache
