@@ -24,8 +24,8 @@ CASES = [
 ]
 
 
-KINDS = {("flux", "blocks"): 2, ("sd1", "blocks"): 2}
-"""Graphs of the stock denoiser for one batch size, where not 1: kinds and shapes of blocks."""
+KINDS = {("flux", "blocks"): 2}
+"""Graphs of the stock denoiser for one batch size, where not 1: kinds of blocks."""
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +48,7 @@ def build(name: str, layers: int = 0) -> Any:
 
 
 def small_unet() -> nn.Module:
-    """One level, no middle: three transformer blocks."""
+    """One level, no middle, one transformer block."""
     from diffusers import UNet2DConditionModel
 
     torch.manual_seed(0)
@@ -58,7 +58,7 @@ def small_unet() -> nn.Module:
         layers_per_block=1,
         down_block_types=("CrossAttnDownBlock2D",),
         mid_block_type=None,
-        up_block_types=("CrossAttnUpBlock2D",),
+        up_block_types=("UpBlock2D",),
         attention_head_dim=2,
         cross_attention_dim=24,
         norm_num_groups=4,
@@ -69,8 +69,7 @@ def compile_denoiser(pipe: Any, how: str, backend: Any = "eager") -> None:
     name = zoo.get_family(pipe).denoisers[0]
     module = getattr(pipe, name)
     if how == "wrap":
-        # with dynamic shapes from the start, so that both modes are run
-        setattr(pipe, name, torch.compile(module, fullgraph=True, dynamic=True, backend=backend))
+        setattr(pipe, name, torch.compile(module, fullgraph=True, backend=backend))
     elif how == "method":
         module.compile(fullgraph=True, backend=backend)
     else:
@@ -104,8 +103,8 @@ def test_patch_before_compile(name: str, how: str) -> None:
     # the same attention calls again: nothing was off, and nothing ran twice
     assert [x.calls for x in after.lines] == [2 * x.calls for x in before.lines]
     graphs = count.frame_count
-    sizes = 1 if how == "wrap" else 3  # 2, 3 and 4 rows a sample, or 1, 2, 3
-    assert 1 <= graphs <= sizes * KINDS.get((name, how), 1)
+    # rows a sample: 2 to 4 in one call, else 1 to 3; the third size is compiled for any
+    assert 1 <= graphs <= 3 * KINDS.get((name, how), 1)
     with torch.compiler.set_stance("fail_on_recompile"):
         zoo.run(pipe, steps=7, seed=1)
         handle.undo()

@@ -83,7 +83,8 @@ def _subclass(cls: Any, mixin: Any) -> Any:
         if isinstance(wrapper, types.FunctionType):
             stock = getattr(cls, name, None)
             body[name] = property(_absent) if stock is None else _front(stock, wrapper)
-    return _metaclass(type(cls))(cls.__name__, (_Adopted, mixin, cls), body)
+    meta: Any = type(cls)
+    return _metaclass(meta)(cls.__name__, (_Adopted, mixin, cls), body)
 
 
 def _front(stock: Any, wrapper: Any) -> Any:

@@ -229,7 +229,8 @@ class Binding(Uncopied):
         run.calls_in_step += 1
         active = [e for e in entries if e.active(step)]
         if not active:
-            return stock(*args, **kwargs)
+            # by name like the calls of other steps: compiled code tells the forms apart
+            return stock(**inputs)
         self._check_cache(active)
         self.refresh()
         return Forward(self, run, step, active, stock).call(inputs, rows)
