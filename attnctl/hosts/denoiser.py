@@ -245,17 +245,12 @@ def _in_pipeline(module: nn.Module) -> bool:
     while frame is not None:
         names = frame.f_code.co_varnames[: min(2, frame.f_code.co_argcount)]
         for name in names:  # self, and for Modular blocks the components
-            holder = frame.f_locals.get(name)
-            if hasattr(holder, "scheduler") and any(
-                getattr(m, "_orig_mod", m) is module for m in _held(holder)
-            ):
+            held = getattr(frame.f_locals.get(name), "__dict__", {})
+            parts = [held.get(k) for k in DENOISERS] if "scheduler" in held else []
+            if any(getattr(part, "_orig_mod", part) is module for part in parts):
                 return True
         frame = frame.f_back  # type: ignore[assignment]
     return False
-
-
-def _held(holder: Any) -> list[Any]:
-    return [getattr(holder, name, None) for name in DENOISERS]
 
 
 def _bypasses(site: str, processor: Any) -> str:

@@ -143,7 +143,7 @@ class Run:
         """Note that the scheduler has made a step."""
         self.index += 1
         self.calls_in_step = 0
-        self.replaced_latents = None
+        self.initial_latents = self.replaced_latents = None
 
     def rows(self, batch: int) -> Rows:
         """Return the roles of a denoiser call with this batch size.
