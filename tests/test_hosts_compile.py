@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend as Counter
 
 import attnctl
+from attnctl.hosts.batch import extend_inputs
+from attnctl.hosts.denoiser import binding_of
+from attnctl.hosts.run import LOCAL
 from attnctl.testing import zoo
 
 NAMES = ["sd1", "sd3", "flux", "wan"]
@@ -291,10 +294,40 @@ def test_inductor() -> None:
     assert all(close(a, b) for a, b in zip(compiled, eager, strict=True))
 
 
-def test_the_values_themselves_are_a_legal_output() -> None:
-    """An operator may not return its input: u = 1 would be V."""
+@dataclasses.dataclass(frozen=True)
+class Values(attnctl.Control):
+    """Returns one of the operator's inputs."""
+
+    name: ClassVar[str] = "values-test"
+
+    def attend(self, call: attnctl.AttentionCall) -> Tensor:
+        return call.v
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_the_values_themselves_are_a_legal_output(backend: str) -> None:
+    """An operator may not return what it was given."""
+    module, x = Small(), torch.randn(2, 5, 16)
+    attnctl.patch(module, Values())
+    with torch.no_grad():
+        eager = module(x, torch.tensor(1.0))
+        module.compile(fullgraph=True, backend=backend)
+        assert close(module(x, torch.tensor(1.0)), eager)
     q = torch.randn(1, 2, 3, 4)
-    nobody = torch.tensor(-1)
-    out = torch.ops.attnctl.attend(q, q, q, None, None, False, False, nobody, 0, "sdpa")
-    assert out.data_ptr() != q.data_ptr()
-    torch.testing.assert_close(out, nn.functional.scaled_dot_product_attention(q, q, q))
+    site = module.attn._attnctl_site
+    call = (q, q, q, None, None, False, False, site, 0, "sdpa")
+    forward = SimpleNamespace(binding=binding_of(module), attend=lambda *_: q)
+    LOCAL.forward = forward  # type: ignore[assignment]
+    try:
+        out = torch.ops.attnctl.attend(*call)
+    finally:
+        LOCAL.forward = None
+    assert torch.equal(out, q) and out.data_ptr() != q.data_ptr()
+
+
+def test_a_time_for_all_rows_stays_one() -> None:
+    """Compiled code looks at strides: an expanded tensor must not become a full one."""
+    time = torch.tensor([3.0]).expand(4)
+    more = extend_inputs({"timestep": time, "x": torch.ones(4, 2)}, 4, slice(2, 4), ())
+    assert more["timestep"].stride() == (0,) and more["timestep"].tolist() == [3.0] * 6
+    assert more["x"].shape == (6, 2)

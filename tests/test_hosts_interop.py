@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
@@ -440,6 +441,35 @@ def test_every_pass_has_its_own_cache(controls: int) -> None:
     assert close(got, latents)
 
 
+@dataclasses.dataclass(frozen=True)
+class WeakFirst(attnctl.Control):
+    """Runs its own pass before the main one, in which the outer context must be back."""
+
+    adds_rows: ClassVar[bool] = True
+    name: ClassVar[str] = "weak-first-test"
+
+    def denoise(self, call: attnctl.ForwardCall) -> Tensor:
+        if "cond" in call.rows:
+            call.only("cond", call.role).proceed()
+        return call.proceed()
+
+
+@pytest.mark.parametrize("hand", [False, True], ids=["pipeline", "by hand"])
+def test_the_outer_cache_context_comes_back(hand: bool) -> None:
+    pipe = build("flux")
+    first_block_cache(0.0)(pipe)
+    if not hand:
+        stock = zoo.run(pipe)
+        with attnctl.patch(pipe, WeakFirst()):
+            assert close(zoo.run(pipe), stock)
+        return
+    inputs = zoo.denoiser_inputs("flux")[1]
+    with torch.no_grad():
+        stock = predict(pipe.transformer, inputs)
+        with attnctl.patch(pipe.transformer, WeakFirst()):
+            assert close(predict(pipe.transformer, inputs), stock)
+
+
 def predict(model: Any, inputs: dict[str, Any]) -> Tensor:
     with model.cache_context("any"):
         return model(**inputs)[0]
@@ -668,7 +698,9 @@ def test_a_pipeline_made_from_the_patched_one_is_stock() -> None:
     ):
         other = named(cls.from_pipe(pipe), "sd3")
         assert other.transformer is pipe.transformer and other.scheduler is pipe.scheduler
-        assert torch.equal(zoo.run(other), wanted)  # and warns of nothing
+        with warnings.catch_warnings():  # of calls that the patch leaves alone, say
+            warnings.simplefilter("error", attnctl.AttnctlWarning)
+            assert torch.equal(zoo.run(other), wanted)
         assert torch.equal(zoo.run(pipe), controlled)
     handle.undo()
     assert torch.equal(zoo.run(pipe), stock)

@@ -145,7 +145,7 @@ def test_the_step_plane_equals_a_loop_by_hand(
 @pytest.mark.parametrize(
     "name",
     # packed; one call a branch; more channels than latents; more tokens than latents; 5-d
-    ["flux", "wan", "wan-i2v", "flux-kontext", "cogvideox", "ltx", "qwenimage"],
+    ["flux", "wan", "wan-i2v", "flux-kontext", "cogvideox", "ltx", "qwenimage", "wan22"],
 )
 def test_the_step_plane_equals_given_latents_and_a_callback(name: str) -> None:
     """The same edits by the pipeline's own means."""
@@ -206,6 +206,33 @@ def test_guidance_and_the_users_callback_beside_it() -> None:
     with attnctl.patch(pipe, attnctl.SoftPAG()):
         wanted = zoo.run(pipe, steps=3, latents=scaled(initial, 0), callback_on_step_end=both)
     assert close(got, wanted)
+
+
+@dataclasses.dataclass(frozen=True)
+class Probe(attnctl.Control):
+    """Calls the denoiser between steps and throws the answer away."""
+
+    inputs: dict[str, Any] = dataclasses.field(default_factory=dict, compare=False)
+    seen: list[Any] = dataclasses.field(default_factory=list, compare=False)
+    name: ClassVar[str] = "probe-test"
+
+    def between(self, call: attnctl.StepCall) -> Tensor:
+        self.seen.append(call.run.pipe.transformer(**self.inputs)[0])
+        return call.latents
+
+
+@pytest.mark.parametrize("name", ["flux", "chroma"])  # with and without cache_context
+def test_a_control_may_call_the_denoiser_between_steps(name: str) -> None:
+    """Such a call meets the other controls, and the pipeline's own calls keep their roles."""
+    pipe, (module, inputs) = build(name), zoo.denoiser_inputs(name)
+    with attnctl.patch(pipe, attnctl.SoftPAG()):
+        wanted = zoo.run(pipe, steps=3)
+    with attnctl.patch(module, attnctl.SoftPAG()), torch.no_grad():
+        answer = module(**inputs)[0]
+    probe = Probe(inputs)
+    with attnctl.patch(pipe, probe, attnctl.SoftPAG()):
+        assert torch.equal(zoo.run(pipe, steps=3), wanted)
+    assert len(probe.seen) == 3 and all(close(seen, answer) for seen in probe.seen)
 
 
 def test_two_controls_change_the_latents_in_order() -> None:

@@ -161,10 +161,13 @@ class Binding(Uncopied):
         Controls installed through a pipeline act only in that pipeline's runs, so that other
         pipelines which share the denoiser are left alone.
         """
-        run = LOCAL.run
-        if run is not None:
-            return run, [e for e in self.entries if e.owner in (None, id(run.pipe))]
-        return self.bare, [e for e in self.entries if e.owner is None]
+        run = LOCAL.run or self.bare
+        return run, self.acting(run)
+
+    def acting(self, run: Run) -> list[Entry]:
+        """Return the entries that take part in a run."""
+        owners = (None,) if run.pipe is None else (None, id(run.pipe))
+        return [e for e in self.entries if e.owner in owners]
 
     def name_inputs(self, args: Any, kwargs: Any) -> dict[str, Any]:
         """Return a denoiser call's arguments by name."""
@@ -227,6 +230,7 @@ class Binding(Uncopied):
         step = run.step(inputs.get("timestep"))
         rows = run.rows(sample.shape[0])
         run.calls_in_step += 1
+        run.last = self
         active = [e for e in entries if e.active(step)]
         if not active:
             # by name like the calls of other steps: compiled code tells the forms apart

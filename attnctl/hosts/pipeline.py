@@ -191,12 +191,17 @@ def _run_of(scheduler: Any) -> Run | None:
 
 
 def _apply(run: Run, latents: Tensor) -> Tensor:
-    binding = run.pipe.__dict__.get(SLOT)
-    step = run.step(None)
-    for entry in binding.entries() if binding is not None else ():
-        if type(entry.control).plane("between") and entry.active(step):
-            entry.steps.add(step.index)
-            latents = entry.control.between(StepCall(latents, step, run, entry.state(run)))
+    """Run the step plane: once a control, with the state of the denoiser that ran last."""
+    step, calls = run.step(None), run.calls_in_step
+    # a control may call the denoiser itself: as if it were the first call of a step
+    before, LOCAL.inside, run.calls_in_step = LOCAL.inside, None, 0
+    try:
+        for entry in run.last.acting(run) if run.last is not None else ():
+            if type(entry.control).plane("between") and entry.active(step):
+                entry.steps.add(step.index)
+                latents = entry.control.between(StepCall(latents, step, run, entry.state(run)))
+    finally:
+        LOCAL.inside, run.calls_in_step = before, calls
     return latents
 
 

@@ -69,6 +69,7 @@ class Run:
     branch: str | None = None
     cache_context: tuple[Any, Any] = ((), {})
     begun: bool = False
+    last: Any = None  # binding of the denoiser that was called last
     calls_in_step: int = 0
     states: dict[int, Any] = field(default_factory=dict)
     cache: dict[Any, Any] = field(default_factory=dict)
