@@ -1,7 +1,6 @@
 """Keeps the root off sys.path: its folder `kernels` would hide a package of that name."""
 
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
@@ -19,8 +18,3 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _quiet() -> None:
-    warnings.filterwarnings("ignore", module="(diffusers|transformers|torch).*")

@@ -160,6 +160,34 @@ def test_bare_steps_follow_the_time_input() -> None:
     assert handle.report().lines[0].forwards == 4
 
 
+@dataclasses.dataclass(frozen=True)
+class SeesGrids(attnctl.Control):
+    """Keeps the grids of its calls in a list of the test's."""
+
+    seen: Any = None
+    name: ClassVar[str] = "sees-grids-test"
+
+    def attend(self, call: attnctl.AttentionCall) -> Tensor:
+        self.seen.append(call.spans.grid)
+        return call.proceed()
+
+
+@torch.no_grad()
+def test_the_grid_follows_the_inputs_not_their_shapes() -> None:
+    """FLUX tells the grid by position ids: 4 x 6 and 6 x 4 tokens have inputs of equal shape."""
+    module, inputs = zoo.denoiser_inputs("flux")
+    n, seen = inputs["img_ids"].shape[0], []
+    sizes = [(n // 4, 4), (4, n // 4)]
+    with attnctl.patch(module, SeesGrids(seen=seen)):
+        for high, wide in sizes:
+            grid = torch.stack(
+                torch.meshgrid(torch.arange(high), torch.arange(wide), indexing="ij"), -1
+            ).reshape(n, 2)
+            ids = torch.cat([torch.zeros(n, 1), grid], 1).to(inputs["img_ids"])
+            module(**{**inputs, "img_ids": ids})
+    assert seen == [(1, *size) for size in sizes for _ in range(len(seen) // 2)]
+
+
 @torch.no_grad()
 def test_bare_errors() -> None:
     module, inputs = bare()

@@ -130,15 +130,14 @@ def _timed(run: Callable[[], Any], device: str) -> float:
     return 1e3 * (time.perf_counter() - start)
 
 
-def _arms(branches: int, model: Any) -> dict[str, attnctl.Control | None]:
-    one_head = "H0"
+def _arms() -> dict[str, attnctl.Control | None]:
     return {
         "stock": None,
         "one branch more": None,
         "neutral": attnctl.SoftPAG(scale=0.0),
         "waiting": attnctl.SoftPAG(start=0.5),
         "softpag, all heads": attnctl.SoftPAG(u=0.5),
-        "softpag, one head a layer": attnctl.SoftPAG(heads=one_head, u=0.5),
+        "softpag, one head a layer": attnctl.SoftPAG(heads="H0", u=0.5),
         "softpag, passes=calls": attnctl.SoftPAG(u=0.5, passes="calls"),
     }
 
@@ -169,7 +168,7 @@ def measure(
     rows = ("uncond", "cond")[-branches:]
     times: dict[str, list[float]] = {}
     peaks: dict[str, float] = {}
-    arms = _arms(branches, model)
+    arms = _arms()
     if compiled:
         model.compile(fullgraph=True)
     for turn in range(rounds + 2):

@@ -51,19 +51,31 @@ def arms(scales: tuple[float, ...], layers: int) -> Iterator[Arm]:
         yield Arm(f"{name}, all layers, w={w:g}", (other,))
         soft = type(other)(**{**vars(other), "u": 0.5})
         yield Arm(f"{name}, all layers, w={w:g}, u=0.5", (soft,))
-    placebo = shuffled(attnctl.SoftPAG(scale=w, u=0.5))
-    yield Arm(f"placebo: neighbour's term, SoftPAG w={w:g}, u=0.5", (placebo,))
+    for w, u in ((0.5, 0.5), (1.0, 0.25), (2.0, 0.5)):
+        placebo = shuffled(attnctl.SoftPAG(scale=w, u=u))
+        yield Arm(f"placebo: neighbour's term, SoftPAG w={w:g}, u={u:g}", (placebo,))
 
 
 def _soft(scale: float, u: float) -> attnctl.Control:
     return attnctl.SoftPAG(scale=scale, u=u)
 
 
-def measure(pipe: Any, n: int, guidance: float, **options: Any) -> dict[str, Scores]:
-    """Return the scores of all arms over n held-out two-object prompts."""
+def measure(
+    pipe: Any, n: int, guidance: float, only: str = "", **options: Any
+) -> dict[str, Scores]:
+    """Return the scores of the arms over n held-out two-object prompts.
+
+    Args:
+        pipe: tiny-sd3.
+        n: prompts.
+        guidance: guidance scale of the pipeline.
+        only: a text that the names of the arms beside stock must contain.
+        **options: as in `run_arms`.
+    """
     layers = 1 + max(s.layer or 0 for s in attnctl.sites(pipe))
     prompts = heldout_prompts(n, 2, seed=5)
-    every = list(arms(SCALES, layers))
+    stock, *others = arms(SCALES, layers)
+    every = [stock, *(arm for arm in others if only in arm.name)]
     return run_arms(
         pipe, every, prompts, seed=1000, guidance_scale=guidance,
         show=lambda name, found: print(row(name, found), flush=True), **options,
@@ -78,15 +90,19 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=200)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--batch", type=int, default=25)
+    parser.add_argument("--only", default="", help="arms whose name contains this")
+    parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 3.0])
     parser.add_argument("--out", type=Path, default=Path("."))
     given = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipe = DiffusionPipeline.from_pretrained(path("tiny-sd3")).to(device)
     text, data = [], {}
-    for guidance, title in ((1.0, "Without CFG"), (3.0, "With CFG, g = 3")):
+    for guidance in given.guidance:
+        title = f"With CFG, g = {guidance:g}" if guidance > 1 else "Without CFG"
         found = measure(
-            pipe, given.n, guidance, num_inference_steps=given.steps, batch=given.batch
-        )
+            pipe, given.n, guidance, given.only, num_inference_steps=given.steps,
+            batch=given.batch,
+        )  # fmt: skip
         text.append(f"### {title}\n\n{table(found)}\n")
         stock = found["stock"]
         data[title] = {name: scores.summary(stock) for name, scores in found.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import sys
 import warnings
@@ -43,7 +44,7 @@ def binding_of(module: nn.Module) -> Binding | None:
 
 
 class Binding(Uncopied):
-    """Everything attnctl holds on one denoiser: its class, its hooks and the stack.
+    """Everything attnctl holds on one denoiser: its class, its sites and the stack.
 
     Args:
         module: the denoiser.
@@ -430,14 +431,10 @@ class Forward:
             site = replace(site, kind="cross")
         return spans(self.binding.family, site, self.geometry, nq, nk, role)
 
-    @property
+    @functools.cached_property
     def geometry(self) -> Geometry:
-        """Token grid of the forward, read once per shape and run."""
-        shapes = (tuple(v.shape) for v in self.inputs.values() if isinstance(v, Tensor))
-        key = (id(self.binding), *shapes)
-        if key not in self.run.cache:
-            self.run.cache[key] = self.binding.family.grid(self.binding.module.config, self.inputs)
-        return self.run.cache[key]
+        """Token grid of this pass, read when a control asks for it."""
+        return self.binding.family.grid(self.binding.module.config, self.inputs)
 
     # -- step plane ----------------------------------------------------------------------
 

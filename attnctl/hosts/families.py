@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch.utils.weak import WeakIdKeyDictionary
+
 from ..records import Kind, Site, Spans
 
 __all__ = ["FAMILIES", "GENERIC", "Family", "Geometry", "family_of", "spans"]
@@ -63,9 +65,19 @@ def frames_first_grid(config: Any, inputs: Inputs) -> Geometry:
     return Geometry((-(-x.shape[1] // pt), x.shape[-2] // p, x.shape[-1] // p))
 
 
+_READ_IDS: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""Grids by the very tensor of ids: reading it waits for the GPU, and a run keeps one tensor."""
+
+
 def ids_grid(config: Any, inputs: Inputs) -> Geometry:
     """Packed tokens with position ids [N, 3+] or [B, N, 3+], columns (time, row, column, ...)."""
     ids = inputs["img_ids"]
+    if ids not in _READ_IDS:
+        _READ_IDS[ids] = _read_ids(ids)
+    return _READ_IDS[ids]
+
+
+def _read_ids(ids: Any) -> Geometry:
     ids = (ids[0] if ids.ndim == 3 else ids).detach().cpu()
     noisy = ids[ids[:, 0] == ids[0, 0]]
     high, wide = (int(noisy[:, i].max() - noisy[:, i].min()) + 1 for i in (1, 2))

@@ -94,9 +94,7 @@ class Run:
         if known:
             return int(known)
         times = getattr(self.scheduler, "timesteps", None)
-        return (
-            0 if times is None else len(times) - (getattr(self.scheduler, "begin_index", 0) or 0)
-        )
+        return 0 if times is None else len(times) - self._begin
 
     @property
     def _begin(self) -> int:
@@ -149,9 +147,9 @@ class Run:
     def rows(self, batch: int) -> Rows:
         """Return the roles of a denoiser call with this batch size.
 
-        Sources, in this order: roles given by the user; the branch that the pipeline names
-        (`cache_context`); the number of groups in the batch; the order of calls in a step
-        (cond first).
+        Sources, in this order: roles given by the user; the number of groups in the batch; for
+        one group, the branch that the pipeline names (`cache_context`), else the order of calls
+        in a step (cond first).
         """
         if self.fixed:
             return _fixed_rows(self.fixed, batch)
