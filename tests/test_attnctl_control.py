@@ -100,3 +100,23 @@ def test_presets_fit_by_structure() -> None:
 def test_a_model_without_a_preset_is_an_error() -> None:
     with pytest.raises(attnctl.OptionError, match="pladis has no preset 'x'"):
         attnctl.PLADIS.for_model(zoo.FAMILIES["sd1"].build(), preset="x")
+
+
+@pytest.mark.parametrize(
+    ("control", "structure", "name"),
+    [
+        ("softpag", ("SD3Transformer2DModel", 24, 24), "sd3-medium-layers"),
+        ("softpag", ("SD3Transformer2DModel", 24, 38), "sd35-medium-layers"),
+        ("softpag", ("SD3Transformer2DModel", 8, 8), "tiny-sd3"),
+        ("softpag", ("SD3Transformer2DModel", 38, 38), "any-model"),
+        ("softpag", ("FluxTransformer2DModel", 57, 24), "flux1-dev"),
+        ("pag", ("PixArtTransformer2DModel", 28, 16), "pixart"),
+        ("pag", ("WanTransformer3DModel", 28, 16), "any-model"),
+        ("tpg", ("UNet2DConditionModel", 70, 10), "sdxl-down"),
+        ("tpg", ("UNet2DConditionModel", 16, 8), "any-model"),
+    ],
+)
+def test_the_first_preset_whose_whole_structure_fits(
+    control: str, structure: tuple[str, int, int], name: str
+) -> None:
+    assert next(p.name for p in presets(control) if p.fits(*structure)) == name
