@@ -24,7 +24,10 @@ from .record import record
 
 __all__ = ["Chosen", "Result", "Settings", "choose", "generate"]
 
-RECOMMENDED: dict[str, dict[str, Any]] = {"tiny-sd3": {"steps": 20, "guidance_scale": 3.0}}
+RECOMMENDED: dict[str, dict[str, Any]] = {
+    "tiny-sd": {"steps": 20, "guidance_scale": 5.0},
+    "tiny-sd3": {"steps": 20, "guidance_scale": 3.0},
+}
 """Settings of the shipped models, where their pipeline's own are not meant for them."""
 
 

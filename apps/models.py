@@ -22,6 +22,7 @@ __all__ = [
     "load",
     "local_folder",
     "model_name",
+    "placed",
     "skeleton",
 ]
 
@@ -45,8 +46,7 @@ def load(model: str, device: str = "auto", dtype: str = "auto") -> Any:
     Raises:
         ModelError: if that is not possible; the message says why in one line.
     """
-    place = _device(device)
-    kind = _dtype(dtype, place)
+    place, kind = placed(device, dtype)
     folder = find_folder(model)
     from diffusers import DiffusionPipeline, __version__
 
@@ -62,6 +62,16 @@ def load(model: str, device: str = "auto", dtype: str = "auto") -> Any:
         return pipe.to(place)
     except Exception as error:
         raise ModelError(f"the model {model!r} cannot be loaded: {first_line(error)}") from error
+
+
+def placed(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
+    """Return the device and the number type that words such as "auto" stand for.
+
+    Raises:
+        ModelError: if there is no such device or type.
+    """
+    place = _device(device)
+    return place, _dtype(dtype, place)
 
 
 def model_name(pipe: Any) -> str:

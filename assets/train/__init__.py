@@ -13,7 +13,11 @@ from attnctl.assets.train.recipe import Recipe, Run
 RECIPES = {
     "detector": "attnctl.assets.train.detector",
     "vae": "attnctl.assets.train.vae",
+    "tiny-sd": "attnctl.assets.train.tiny_sd",
     "tiny-sd3": "attnctl.assets.train.tiny_sd3",
+    "tiny-llava": "attnctl.assets.train.tiny_llava",
+    "video-vae": "attnctl.assets.train.video_vae",
+    "tiny-wan": "attnctl.assets.train.tiny_wan",
 }
 
 

@@ -32,8 +32,9 @@ def generate(
         ``[N, 3, H, W]`` float32 on the CPU, RGB in 0 to 1.
     """
     pipe.set_progress_bar_config(disable=True)
-    side = pipe.default_sample_size
-    noise = noise_for(len(prompts), (pipe.transformer.config.in_channels, side, side), seed)
+    shape = (getattr(pipe, "unet", None) or pipe.transformer).config
+    side = shape.sample_size
+    noise = noise_for(len(prompts), (shape.in_channels, side, side), seed)
     noise = noise.to(pipe.device, pipe.dtype)
     parts = [
         pipe(

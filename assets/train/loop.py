@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,6 +26,7 @@ class State:
     def __init__(self, recipe: Recipe, plan: Plan) -> None:
         self.step, self.seconds = 0, 0.0
         self.losses: list[float] = []
+        self.probes: list[dict[str, float]] = []
         self.weights = [p for p in recipe.model.parameters() if p.requires_grad]
         self.average = [p.detach().clone() for p in self.weights]
         self.optimizer = optimizer(self.weights, plan)
@@ -38,6 +42,7 @@ class State:
                 "step": self.step,
                 "seconds": self.seconds,
                 "losses": self.losses,
+                "probes": self.probes,
                 "weights": [p.detach() for p in self.weights],
                 "average": self.average,
                 "optimizer": self.optimizer.state_dict(),
@@ -54,7 +59,7 @@ class State:
             return
         saved = torch.load(self.path, map_location=self.weights[0].device, weights_only=True)
         self.step, self.seconds = saved["step"], saved["seconds"]
-        self.losses = saved["losses"]
+        self.losses, self.probes = saved["losses"], saved["probes"]
         torch._foreach_copy_(self.weights, saved["weights"])
         torch._foreach_copy_(self.average, saved["average"])
         self.optimizer.load_state_dict(saved["optimizer"])
@@ -69,7 +74,7 @@ def train(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
         resume: take up the checkpoint in ``run.out`` if there is one.
 
     Returns:
-        steps, batch, seconds and the mean loss of the last tenth.
+        steps, batch, seconds and the mean loss of the last tenth; with `Run.probe`, the probes.
     """
     plan = recipe.plan.short() if recipe.run.smoke else recipe.plan
     state = State(recipe, plan)
@@ -92,15 +97,16 @@ def _summary(plan: Plan, state: State) -> dict[str, Any]:
         "batch": plan.batch,
         "seconds": round(state.seconds, 1),
         "loss": round(sum(last) / len(last), 5),
-    }
+    } | ({"probes": state.probes} if state.probes else {})
 
 
 def _run(recipe: Recipe, plan: Plan, state: State) -> None:
     clock, step = _Clock(state.seconds), Step(recipe, state.weights, state.optimizer, plan.clip)
-    saved = state.seconds
+    saved = probed = state.seconds
     recipe.model.train()
     with tqdm(total=1.0, desc=recipe.name, mininterval=2.0, bar_format=_BAR) as bar:
         while (done := progress(plan, state, recipe.run.minutes)) < 1:
+            recipe.done = done
             pace(state.optimizer, rate(plan, state.step, done))
             loss = step(recipe.batch(plan.batch))
             state.step += 1
@@ -114,6 +120,10 @@ def _run(recipe: Recipe, plan: Plan, state: State) -> None:
             if state.seconds - saved > SAVE_SECONDS:
                 state.save()
                 saved = state.seconds
+            if recipe.run.probe is not None and state.seconds - probed >= recipe.run.probe:
+                with clock.stopped():
+                    probe(recipe, state)
+                probed = state.seconds
     recipe.model.eval()
 
 
@@ -128,6 +138,34 @@ class _Clock:
 
     def seconds(self) -> float:
         return time.monotonic() - self._start
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Don't count what happens inside."""
+        before = time.monotonic()
+        yield
+        self._start += time.monotonic() - before
+
+
+@torch.no_grad()
+def probe(recipe: Recipe, state: State) -> None:
+    """Print and keep the recipe's quick figures of the averaged weights.
+
+    The average is copied into the weights in place and they are put back afterwards, so a
+    captured step goes on with the memory it knows.
+    """
+    own = [weight.clone() for weight in state.weights]
+    torch._foreach_copy_(state.weights, state.average)
+    recipe.model.eval()
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            found = recipe.probe()
+    finally:
+        torch._foreach_copy_(state.weights, own)
+        recipe.model.train()
+    if found:
+        state.probes.append({"step": state.step, "seconds": round(state.seconds, 1)} | found)
+        tqdm.write(f"{recipe.name} {state.probes[-1]}", file=sys.stderr)
 
 
 def progress(plan: Plan, state: State, minutes: float | None) -> float:

@@ -17,6 +17,7 @@ from transformers import T5Config, T5EncoderModel, T5TokenizerFast
 
 SPECIAL = ("<pad>", "</s>", "<unk>")
 SPACE = "▁"
+RARE = -8.0
 CONFIGURATION = {
     "tokenizer_class": "T5TokenizerFast",
     "extra_ids": 0,
@@ -27,9 +28,16 @@ CONFIGURATION = {
 }
 
 
-def null_tokenizer(folder: Path, words: Iterable[str]) -> T5TokenizerFast:
-    """T5 tokenizer whose vocabulary is the given words; written to ``folder``."""
+def null_tokenizer(folder: Path, words: Iterable[str], letters: str = "") -> T5TokenizerFast:
+    """T5 tokenizer whose vocabulary is the given words; written to ``folder``.
+
+    Args:
+        folder: where to.
+        words: what becomes one token each, when it begins a word.
+        letters: letters into which other words fall apart; the rest is unknown.
+    """
     spaced = [(SPACE, -2.0), *((SPACE + word, -1.0) for word in words)]
+    spaced += [(letter, RARE) for letter in letters]
     core = Tokenizer(models.Unigram([*((token, 0.0) for token in SPECIAL), *spaced], unk_id=2))
     core.add_special_tokens(list(SPECIAL))
     core.pre_tokenizer = pre_tokenizers.Metaspace(SPACE)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from attnctl.assets import locate
+from attnctl.assets.train.settings import changed
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ class Run:
         smoke: two steps of tiny batches on the CPU, to see that everything runs.
         minutes: wall-clock limit; the learning-rate schedule is fitted into it. None: no limit.
         prompts: prompts per line of the card's figures.
+        settings: changes to the recipe's plan and tunables, each as ``"NAME=VALUE"``.
+        probe: seconds between two quick measurements during the training. None: no such ones.
     """
 
     seed: int = 0
@@ -31,6 +34,8 @@ class Run:
     smoke: bool = False
     minutes: float | None = None
     prompts: int = 500
+    settings: tuple[str, ...] = ()
+    probe: float | None = None
 
     @cached_property
     def device(self) -> torch.device:
@@ -90,15 +95,30 @@ class Recipe(ABC):
     Attributes:
         name: on the command line.
         plan: length and pace.
+        tune: whatever else one may want to vary, as a frozen dataclass; None if there is nothing.
+        settings: what `Run.settings` changed of both, by name.
         model: the module whose weights are trained.
+        done: share of the training that is done, 0 to 1; the loop keeps it up to date.
     """
 
+    done = 0.0
     name: str
     plan: Plan
+    tune: Any = None
+    settings: dict[str, Any]
     model: Any
 
     def __init__(self, run: Run) -> None:
+        """Take the run's settings over into ``plan`` and ``tune``.
+
+        Raises:
+            ValueError: a setting that is unknown or of the wrong kind.
+        """
         self.run = run
+        parts = [self.plan] if self.tune is None else [self.plan, self.tune]
+        parts, self.settings = changed(parts, run.settings)
+        self.plan = parts[0]
+        self.tune = parts[1] if len(parts) > 1 else None
 
     def prepare(self) -> None:  # noqa: B027 (most models need nothing)
         """Make the training data that is made once; called before the clock starts."""
@@ -108,11 +128,19 @@ class Recipe(ABC):
 
     @abstractmethod
     def batch(self, size: int) -> Sequence[torch.Tensor]:
-        """Fresh training samples on the run's device, always of the same shapes."""
+        """Fresh training samples on the run's device, for long stretches of the same shapes."""
 
     @abstractmethod
     def loss(self, batch: Sequence[torch.Tensor]) -> torch.Tensor:
         """Scalar to be lowered; without any transfer between CPU and GPU."""
+
+    def probe(self) -> dict[str, float]:
+        """Quick figures of the averaged weights, which are in the model while this is called.
+
+        Called every `Run.probe` seconds without gradients, in evaluation mode and uncompiled;
+        its time is not counted. It must leave ``run.source`` and the weights as they are.
+        """
+        return {}
 
     @abstractmethod
     def write(self) -> Path:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import textwrap
 from pathlib import Path
 from typing import Any
 
-from attnctl.assets.train.numbers import percent
+from attnctl.assets.train.card import again, exact_table, part_rows, parts_words, trained, wrapped
 
 CARD = """# tiny-sd3
 
@@ -58,7 +57,7 @@ malformed, with 95 % intervals (Wilson); rounded weights, stock pipeline, no con
 {exact}
 
 {detector}
-
+{again}
 ## Limits
 
 It knows 48 objects, 64x64 pixels and at most three objects; the same object twice in one prompt
@@ -99,20 +98,16 @@ def write_card(folder: Path, figures: dict[str, Any], heldout: int, objects: str
         objects: how many objects the training scenes have, in words.
     """
     text = CARD.format(
-        parts="\n".join(part_rows(figures["millions"])),
+        parts=part_rows(figures["millions"], CLASSES),
         megabytes=figures["megabytes"],
         objects=objects,
         heldout=heldout,
         training=training_words(figures),
         exact=exact_table(figures["exact"]),
         detector=parts_words(figures),
+        again=again(figures, lambda other: exact_table(other["exact"])),
     )
     (folder / "README.md").write_text(text, encoding="utf-8")
-
-
-def part_rows(millions: dict[str, float]) -> list[str]:
-    """Table rows of the parts and their sizes."""
-    return [f"| {name} | {CLASSES[name]} | {count:.2f} M |" for name, count in millions.items()]
 
 
 def training_words(figures: dict[str, Any]) -> str:
@@ -121,48 +116,5 @@ def training_words(figures: dict[str, Any]) -> str:
     return wrapped(
         f"Transformer and text encoders together: {done['steps']} steps of {done['batch']} "
         f"pictures, AdamW at a level rate, average of the weights kept; "
-        f"{done['seconds']:.0f} s on one GPU (seed {figures['seed']})."
+        f"{trained(figures)}."
     )
-
-
-def exact_table(rows: list[dict[str, Any]]) -> str:
-    """Markdown table: a row per prompt set, a column per guidance scale and step count."""
-    settings = list(dict.fromkeys(_setting(row) for row in rows))
-    found = {(row["prompts"], _setting(row)): percent(row) for row in rows}
-    lines = [["prompts", "n", *(f"g {g:g}, {n} steps" for g, n in sorted(settings))]]
-    lines.append(["---"] * len(lines[0]))
-    for name in dict.fromkeys(row["prompts"] for row in rows):
-        count = max(row["n"] for row in rows if row["prompts"] == name)
-        cells = [found.get((name, setting), "") for setting in sorted(settings)]
-        lines.append([name, str(count), *cells])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _setting(row: dict[str, Any]) -> tuple[float, int]:
-    return row["guidance_scale"], row["num_inference_steps"]
-
-
-def parts_words(figures: dict[str, Any]) -> str:
-    """What the detector and the autoencoder do, where their figures are known."""
-    words = []
-    if judge := figures.get("detector"):
-        clean = ", ".join(percent(one) for one in judge["clean pictures"])
-        malformed, doubled = (
-            100 * judge[f"{what} refused"]["rate"] for what in ("malformed", "doubled")
-        )
-        words.append(
-            f"The detector ({judge['millions']:.2f} M parameters) calls {clean} of drawn pictures "
-            f"with one, two and three objects exact; it refuses {malformed:.1f} % of pictures "
-            f"with a malformed object and {doubled:.1f} % with a doubled one."
-        )
-    if vae := figures.get("vae"):
-        words.append(
-            f"The autoencoder alone: {vae['psnr']} dB, {percent(vae['exact'])} still exact after "
-            f"encoding and decoding."
-        )
-    return "\n\n".join(map(wrapped, words))
-
-
-def wrapped(words: str) -> str:
-    """A paragraph in lines of at most 98 letters."""
-    return textwrap.fill(words, 98, break_on_hyphens=False)

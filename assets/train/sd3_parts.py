@@ -1,46 +1,18 @@
-"""The parts of tiny-sd3: tokenizers, two CLIP text encoders, the MM-DiT, the scheduler."""
+"""The parts of tiny-sd3: two CLIP text encoders, the MM-DiT, the scheduler."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
-from attnctl.assets.train.tokenizer import END, START, save_tokenizer
+from attnctl.assets.train.clip_text import text_encoder
 from attnctl.assets.train.zeros import FoldedZeros, log_count
-from attnctl.assets.world.captions import WORDS
 
-LENGTH = 20
 WIDTHS = (128, 64)
 LAYERS, HEADS, HEAD = 8, 8, 16
 SHIFT = 1.0
-
-
-def tokenizer(folder: Path) -> CLIPTokenizer:
-    """The prompt tokenizer of the shape world, written to ``folder``: 20 tokens a prompt."""
-    return save_tokenizer(folder, WORDS, LENGTH)
-
-
-def text_encoder(words: CLIPTokenizer, width: int, layers: int) -> CLIPTextModelWithProjection:
-    """Small CLIP text encoder; the pipeline reads its last but one hidden states."""
-    config = CLIPTextConfig(
-        vocab_size=len(words),
-        hidden_size=width,
-        intermediate_size=2 * width,
-        projection_dim=width,
-        num_hidden_layers=layers,
-        num_attention_heads=width // 32,
-        max_position_embeddings=LENGTH,
-        bos_token_id=words.convert_tokens_to_ids(START),
-        eos_token_id=words.convert_tokens_to_ids(END),
-        pad_token_id=words.convert_tokens_to_ids(END),
-    )
-    model = CLIPTextModelWithProjection(config)
-    nn.init.normal_(model.get_input_embeddings().weight, std=0.3)
-    return model
 
 
 def transformer() -> SD3Transformer2DModel:
@@ -82,8 +54,9 @@ class Painter(nn.Module):
 
     def __init__(self, words: CLIPTokenizer) -> None:
         super().__init__()
-        self.text_encoder = text_encoder(words, WIDTHS[0], layers=3)
-        self.text_encoder_2 = text_encoder(words, WIDTHS[1], layers=2)
+        kind = CLIPTextModelWithProjection
+        self.text_encoder = text_encoder(kind, words, WIDTHS[0], layers=3)
+        self.text_encoder_2 = text_encoder(kind, words, WIDTHS[1], layers=2)
         self.transformer = transformer()
 
     def encode(self, ids: Tensor) -> tuple[Tensor, Tensor]:

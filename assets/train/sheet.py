@@ -14,7 +14,12 @@ GOOD, BAD = (0, 110, 60), (180, 40, 20)
 
 
 def contact_sheet(
-    images: Tensor, captions: Sequence[str], good: Sequence[bool], path: Path, columns: int = 6
+    images: Tensor,
+    captions: Sequence[str],
+    good: Sequence[bool],
+    path: Path,
+    columns: int = 6,
+    text: int = TEXT,
 ) -> None:
     """Save pictures with their captions, written green where judged exact and red where not.
 
@@ -24,14 +29,15 @@ def contact_sheet(
         good: N verdicts.
         path: the PNG to write.
         columns: pictures per row.
+        text: height of the captions in pixels.
     """
     rows = -(-len(images) // columns)
-    size = (GAP + columns * (CELL + GAP), GAP + rows * (CELL + TEXT + GAP))
+    size = (GAP + columns * (CELL + GAP), GAP + rows * (CELL + text + GAP))
     sheet = Image.new("RGB", size, (255, 255, 255))
     pen = ImageDraw.Draw(sheet)
     for i, (image, words, fine) in enumerate(zip(images, captions, good, strict=True)):
         x = GAP + i % columns * (CELL + GAP)
-        y = GAP + i // columns * (CELL + TEXT + GAP)
+        y = GAP + i // columns * (CELL + text + GAP)
         sheet.paste(picture(image).resize((CELL, CELL), Image.Resampling.BICUBIC), (x, y))
         pen.multiline_text((x, y + CELL + 2), wrapped(words), fill=GOOD if fine else BAD)
     sheet.save(path, optimize=True)

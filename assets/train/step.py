@@ -2,7 +2,8 @@
 
 A small model's step is hundreds of short kernels; launching them one by one from Python takes
 several times longer than running them. So after a few eager steps the whole update (forward,
-backward, clipping, AdamW) is captured once and replayed. Only the batch is drawn outside.
+backward, clipping, AdamW) is captured once and replayed. Only the batch is drawn outside. Where a
+recipe goes over to batches of other shapes, the step is captured again.
 """
 
 from __future__ import annotations
@@ -48,9 +49,13 @@ class Step:
         self.recipe, self.weights, self.optimizer, self.clip = recipe, weights, steps, clip
         self.calls = 0
         self.graph: torch.cuda.CUDAGraph | None = None
+        self.shapes: list[torch.Size] = []
 
     def __call__(self, batch: Sequence[Tensor]) -> Tensor:
         """Train on one batch."""
+        shapes = [one.shape for one in batch]
+        if shapes != self.shapes:
+            self.shapes, self.calls, self.graph = shapes, 0, None
         self.calls += 1
         if self.recipe.run.device.type != "cuda":
             return self._eager(batch)

@@ -15,13 +15,14 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
+from attnctl.assets.train.clip_text import tokenizer
 from attnctl.assets.train.latents import OBJECTS, Pool, fill_pool, tokens
 from attnctl.assets.train.measure_sd3 import measure
 from attnctl.assets.train.numbers import figures_of
 from attnctl.assets.train.recipe import Plan, Recipe, Run
 from attnctl.assets.train.sd3_card import write_card
 from attnctl.assets.train.sd3_folder import save_pipeline
-from attnctl.assets.train.sd3_parts import Painter, tokenizer
+from attnctl.assets.train.sd3_parts import Painter
 from attnctl.assets.world.heldout import heldout_combinations
 
 POOL = 131_072
@@ -67,11 +68,7 @@ class TinySd3(Recipe):
 
     def batch(self, size: int) -> tuple[Tensor, Tensor]:
         """Latents ``[B, 4, 16, 16]`` and token ids ``[B, 20]``, one in ten empty."""
-        source, device = self.run.source, self.run.device
-        rows = torch.randint(len(self.pool.ids), (size,), generator=source, device=device)
-        dropped = torch.rand(size, 1, generator=source, device=device) < EMPTY
-        ids = torch.where(dropped, self.empty, self.pool.ids[rows])
-        return self.pool.latents[rows].float(), ids.long()
+        return self.pool.batch(size, self.run.source, self.empty, EMPTY)
 
     def loss(self, batch: Sequence[Tensor]) -> Tensor:
         """Mean squared error of the velocity."""

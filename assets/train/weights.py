@@ -17,8 +17,9 @@ def on_device(model: torch.nn.Module, device: torch.device) -> Any:
 
 
 def rounded(model: torch.nn.Module) -> torch.nn.Module:
-    """Copy of a model on the CPU in float16."""
-    return copy.deepcopy(model).cpu().half()
+    """Copy of a model on the CPU in float16, laid out as files hold it."""
+    copied = copy.deepcopy(model).cpu().half()
+    return copied.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
 
 
 def save_rounded(model: torch.nn.Module, path: Path) -> Path:

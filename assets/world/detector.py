@@ -113,7 +113,11 @@ def exact(images: Images, prompts: Sequence[str], judge: Detector | None = None)
     pictures = as_tensor(images)
     wanted = targets(prompts, len(pictures)).to(pictures.device)
     with torch.no_grad():
-        seen = (judge or detector(pictures.device))(pictures)
+        return agrees((judge or detector(pictures.device))(pictures), wanted)
+
+
+def agrees(seen: Verdict, wanted: Tensor) -> Tensor:
+    """``[B]`` bool: exactly the wanted pairs ``[B, 48]`` are seen, and nothing malformed."""
     same = ((seen.presence > 0) == wanted).all(1)
     return same & (seen.malformed < 0) & (seen.number.argmax(1) == wanted.sum(1))
 
@@ -134,7 +138,11 @@ def log_prob(images: Images, prompts: Sequence[str], judge: Detector | None = No
     """
     pictures = as_tensor(images)
     wanted = targets(prompts, len(pictures)).to(pictures.device)
-    seen = (judge or detector(pictures.device))(pictures)
+    return log_agreement((judge or detector(pictures.device))(pictures), wanted)
+
+
+def log_agreement(seen: Verdict, wanted: Tensor) -> Tensor:
+    """``[B]`` log-probability of exactly the wanted pairs ``[B, 48]`` and nothing malformed."""
     pairs = logsigmoid(torch.where(wanted, seen.presence, -seen.presence)).sum(1)
     number = log_softmax(seen.number, 1).gather(1, wanted.sum(1, keepdim=True)).squeeze(1)
     return pairs + number + logsigmoid(-seen.malformed)

@@ -11,31 +11,40 @@ from attnctl.assets.world.shapes import DISTANCES
 SIZE = 64
 
 
-def draw(scenes: Scenes, size: int = SIZE, centres: torch.Tensor | None = None) -> torch.Tensor:
+def draw(
+    scenes: Scenes,
+    size: int = SIZE,
+    centres: torch.Tensor | None = None,
+    opacity: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Pictures of scenes, or clips when the objects' places are given frame by frame.
 
     Args:
         scenes: batch of B scenes.
         size: side of the square picture in pixels.
         centres: ``[B, F, K, 2]`` places per frame for a clip; None draws ``scenes.centre``.
+        opacity: ``[B, K]`` how much objects cover what is behind them (pictures only);
+            None: wholly.
 
     Returns:
         ``[B, 3, size, size]``, or ``[B, F, 3, size, size]`` for clips; RGB in 0 to 1.
     """
     if centres is None:
-        return _picture(scenes, size)
-    frames = (
-        _picture(Scenes(scenes.pair, place, scenes.radius, scenes.background), size)
-        for place in centres.unbind(1)
+        return _picture(scenes, size, opacity)
+    frames = centres.shape[1]
+    pair, radius, background = (
+        one.repeat_interleave(frames, 0) for one in (scenes.pair, scenes.radius, scenes.background)
     )
-    return torch.stack(list(frames), dim=1)
+    many = Scenes(pair, centres.flatten(0, 1), radius, background)
+    return _picture(many, size).unflatten(0, (-1, frames))
 
 
-def _picture(scenes: Scenes, size: int) -> torch.Tensor:
+def _picture(scenes: Scenes, size: int, opacity: torch.Tensor | None = None) -> torch.Tensor:
     canvas = blank(scenes.background, size)
+    solid = scenes.there.float() if opacity is None else scenes.there * opacity
     colours = rgb_table(canvas.device)[scenes.colour]
     for k in range(scenes.pair.shape[1]):
-        shown = coverage(distance(scenes, k, size), size) * scenes.there[:, k, None, None]
+        shown = coverage(distance(scenes, k, size), size) * solid[:, k, None, None]
         canvas = paint(canvas, shown, colours[:, k])
     return canvas
 

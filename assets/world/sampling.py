@@ -91,12 +91,12 @@ def place(
     edge = (radius + margin)[:, None, :, None]
     free = uniform((batch, TRIES, most, 2), (0.0, 1.0), source)
     centre = edge + free * (1 - 2 * edge)
-    gap = _smallest_gap(centre, there, radius)
+    gap = smallest_gap(centre, there, radius)
     first = torch.where(gap > margin, 2.0, gap).argmax(1)
     return centre[torch.arange(batch, device=radius.device), first]
 
 
-def _smallest_gap(centre: torch.Tensor, there: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
+def smallest_gap(centre: torch.Tensor, there: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
     """``[B, TRIES]`` least distance between two objects' rims; 1 for fewer than two objects."""
     apart = (centre[:, :, :, None] - centre[:, :, None]).norm(dim=-1)
     apart = apart - (radius[:, :, None] + radius[:, None, :])[:, None]
