@@ -6,16 +6,16 @@ import contextlib
 import json
 import os
 import tempfile
-import unicodedata
 from collections.abc import Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageDraw, PngImagePlugin, UnidentifiedImageError
 
 from attnctl.errors import AttnctlError
 
+from .lettering import lettering, wrapped
 from .tables import breakable
 
 __all__ = [
@@ -36,7 +36,6 @@ PLAIN_KEY = "parameters"
 _SMALLEST = 320
 _PAPER, _INK, _FAINT = (255, 255, 255), (0, 0, 0), (96, 96, 96)
 _LINES = 4
-_SYSTEM_FONTS = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "Arial.ttf", "arial.ttf")
 
 
 class PictureError(AttnctlError):
@@ -84,14 +83,16 @@ def write_png(image: Image.Image, path: Path, metadata: Mapping[str, Any]) -> No
     Args:
         image: the picture.
         path: where to; an existing file is replaced.
-        metadata: JSON values, kept under the key "attnctl", and in short under "parameters".
+        metadata: JSON values, kept under the key "attnctl", and in short, if there is a
+            prompt among them, under "parameters".
 
     Raises:
         PictureError: if it cannot be written.
     """
     info = PngImagePlugin.PngInfo()
     info.add_text(KEY, json.dumps(metadata))
-    info.add_text(PLAIN_KEY, parameters_text(metadata))
+    if "prompt" in metadata:
+        info.add_text(PLAIN_KEY, parameters_text(metadata))
     target = path.expanduser().resolve()
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
@@ -172,12 +173,12 @@ def side_by_side(
     shown = [_enlarged(image) for image in images]
     wide, high = shown[0].size
     size = max(15, wide // 28)
-    font, (title, subtitle, *captions) = _lettering(size, [title, subtitle, *captions])
+    font, (title, subtitle, *captions) = lettering(size, [title, subtitle, *captions])
     gap = round(1.5 * size)
     across = len(shown) * (wide + gap) - gap
-    heads = [(line, _INK) for line in _wrapped(title, font, across, 2)]
-    heads += [(line, _FAINT) for line in _wrapped(subtitle, font, across, 1)]
-    feet = [_wrapped(breakable(caption, 24), font, wide, _LINES) for caption in captions]
+    heads = [(line, _INK) for line in wrapped(title, font, across, 2)]
+    heads += [(line, _FAINT) for line in wrapped(subtitle, font, across, 1)]
+    feet = [wrapped(breakable(caption, 24), font, wide, _LINES) for caption in captions]
     top = gap * (1 + len(heads)) + gap // 3
     foot = top + high + gap // 3
     sheet = Image.new("RGB", (across + 2 * gap, foot + gap * (1 + max(map(len, feet)))), _PAPER)
@@ -196,50 +197,3 @@ def _enlarged(image: Image.Image) -> Image.Image:
     factor = max(1, -(-_SMALLEST // min(image.size)))
     size = (image.width * factor, image.height * factor)
     return image.convert("RGB").resize(size, Image.Resampling.NEAREST)
-
-
-def _lettering(size: int, texts: Sequence[str]) -> tuple[Any, list[str]]:
-    """Return a font, and the texts in letters that it has.
-
-    The built-in font has ASCII only; for more, a font of the system is used if there is one,
-    else accents are dropped and other letters become "?".
-    """
-    with contextlib.suppress(ImportError):  # Pillow built without FreeType: one small size only
-        for name in () if all(map(str.isascii, texts)) else _SYSTEM_FONTS:
-            with contextlib.suppress(OSError):
-                return ImageFont.truetype(name, size), list(texts)
-        return ImageFont.load_default(size), list(map(_ascii, texts))
-    return ImageFont.load_default(), list(map(_ascii, texts))
-
-
-def _ascii(text: str) -> str:
-    letters = unicodedata.normalize("NFKD", text)
-    plain = "".join(c for c in letters if not unicodedata.combining(c))
-    return plain.encode("ascii", "replace").decode()
-
-
-def _wrapped(text: str, font: Any, width: int, most: int) -> list[str]:
-    """Break a text into lines that fit; what is too much ends in dots."""
-    lines: list[str] = []
-    for word in text.split():
-        joined = f"{lines[-1]} {word}" if lines else word
-        if lines and font.getlength(joined) <= width:
-            lines[-1] = joined
-        else:
-            lines += _pieces(word, font, width)
-    if len(lines) <= most:
-        return lines
-    last = lines[most - 1]
-    while last and font.getlength(last + "...") > width:
-        last = last[:-1]
-    return [*lines[: most - 1], last + "..."]
-
-
-def _pieces(word: str, font: Any, width: int) -> list[str]:
-    """Cut a word that is wider than a line."""
-    pieces = [""]
-    for letter in word:
-        if pieces[-1] and font.getlength(pieces[-1] + letter) > width:
-            pieces.append("")
-        pieces[-1] += letter
-    return pieces

@@ -17,7 +17,7 @@ from attnctl.patch import Report
 from .chosen import Chosen
 from .models import model_name
 
-__all__ = ["record"]
+__all__ = ["control_data", "line_data", "record", "versions"]
 
 
 def record(
@@ -45,7 +45,7 @@ def record(
         "model": model_name(pipe),
         "pipeline": original_class(pipe).__name__,
         "scheduler": original_class(pipe.scheduler).__name__,
-        "controls": [_control_data(c) for c in chosen],
+        "controls": [control_data(c) for c in chosen],
         "seed": seed,
         "steps": arguments.get("num_inference_steps"),
         "guidance_scale": arguments.get("guidance_scale"),
@@ -54,12 +54,13 @@ def record(
         "dtype": str(pipe.dtype).removeprefix("torch."),
         "device": pipe.device.type,
         "pictures": list(images),
-        "versions": _versions(("attnctl", "torch", "diffusers", "transformers")),
-        "report": [_line_data(line) for line in report.lines] if report else [],
+        "versions": versions(),
+        "report": [line_data(line) for line in report.lines] if report else [],
     }
 
 
-def _control_data(chosen: Chosen) -> dict[str, Any]:
+def control_data(chosen: Chosen) -> dict[str, Any]:
+    """Return a control as JSON values: name, text form, every option, preset."""
     return {
         "name": chosen.control.name,
         "text": str(chosen),
@@ -68,7 +69,8 @@ def _control_data(chosen: Chosen) -> dict[str, Any]:
     }
 
 
-def _line_data(line: Any) -> dict[str, Any]:
+def line_data(line: Any) -> dict[str, Any]:
+    """Return a line of a report as JSON values."""
     data = {f.name: _plain(getattr(line, f.name)) for f in dataclasses.fields(line)}
     return {**data, "control": line.control.name}
 
@@ -84,6 +86,8 @@ def _plain(value: Any) -> Any:
     return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
 
 
-def _versions(packages: Iterable[str]) -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Return the versions of what draws."""
+    packages = ("attnctl", "torch", "diffusers", "transformers")
     found = {name: importlib.metadata.version(name) for name in packages}
     return {**found, "python": platform.python_version()}

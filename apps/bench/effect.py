@@ -1,4 +1,4 @@
-"""Does a control do what it claims? Paired runs on a shape-world model, judged by its detector.
+"""Arms of tiny-sd3 by the dozen, for the tables of the docs; one control: `command.py`.
 
 Every arm draws the same prompts from the same seeds. For each arm: the share of pictures that
 are exact for their prompt, the detector's log-probability of the caption, the mean colour
@@ -18,9 +18,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 import attnctl
-from attnctl.assets.world import exact, log_prob
 
 from .statistics import Interval, mean_interval, paired_interval
+from .tasks.pictures import judged
 
 __all__ = ["Arm", "Scores", "draw", "row", "run_arms", "score", "table"]
 
@@ -92,10 +92,8 @@ def draw(
 
 def score(pictures: Tensor, prompts: Sequence[str]) -> Scores:
     """Judge pictures [n, 3, H, W] against their prompts."""
-    with torch.no_grad():
-        hits, sure = exact(pictures, list(prompts)), log_prob(pictures, list(prompts))
-    saturation = (pictures.amax(1) - pictures.amin(1)).mean((1, 2))
-    return Scores(*(x.cpu().numpy().astype(np.float64) for x in (hits, sure, saturation)))
+    found = judged(pictures, prompts)
+    return Scores(found["exact"], found["log_prob"], found["saturation"])
 
 
 def run_arms(

@@ -1,12 +1,13 @@
-"""Means and paired differences with bootstrap intervals."""
+"""Means and paired differences with bootstrap intervals, and McNemar's exact test."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["Interval", "mean_interval", "paired_interval"]
+__all__ = ["Interval", "mcnemar", "mean_interval", "paired_interval"]
 
 RESAMPLES = 4000
 
@@ -27,6 +28,11 @@ class Interval:
         """Whether the whole interval lies above zero."""
         return self.low > 0
 
+    @property
+    def below_zero(self) -> bool:
+        """Whether the whole interval lies below zero."""
+        return self.high < 0
+
 
 def mean_interval(values: np.ndarray, seed: int = 0) -> Interval:
     """Return the mean of values [n] and the percentile bootstrap interval of it."""
@@ -39,3 +45,18 @@ def mean_interval(values: np.ndarray, seed: int = 0) -> Interval:
 def paired_interval(treated: np.ndarray, stock: np.ndarray, seed: int = 0) -> Interval:
     """Return the mean of treated - stock over cases [n], resampling cases."""
     return mean_interval(np.asarray(treated, float) - np.asarray(stock, float), seed)
+
+
+def mcnemar(wins: int, losses: int) -> float:
+    """Return the two-sided exact p of McNemar's test.
+
+    The probability of a split at least as uneven as this one if each of the pairs that differ
+    were as likely a win as a loss. 1 if none differs.
+
+    Args:
+        wins: pairs in which only the treated case is a hit.
+        losses: pairs in which only the other one is.
+    """
+    n, fewer = wins + losses, min(wins, losses)
+    tail = sum(math.comb(n, k) for k in range(fewer + 1))
+    return min(1.0, 2 * tail / 2**n)
