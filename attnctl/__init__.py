@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     )
     from .patch import Handle, Report, patch
     from .processors.guidance import *  # noqa: F403
+    from .processors.headhunter import HeadHunter, HeadSet
     from .records import AttentionCall, ForwardCall, Rows, Site, Spans, Step, StepCall
     from .schedule import Schedule, Window
     from .sites import Sites, sites
@@ -45,6 +46,7 @@ _PUBLIC = {
         "SelectorError",
     ),
     "patch": ("Handle", "Report", "patch"),
+    "processors.headhunter": ("HeadHunter", "HeadSet"),
     "records": ("AttentionCall", "ForwardCall", "Rows", "Site", "Spans", "Step", "StepCall"),
     "schedule": ("Schedule", "Window"),
     "sites": ("Sites", "sites"),
@@ -58,6 +60,8 @@ __all__ = [
     "ControlConflict",
     "ForwardCall",
     "Handle",
+    "HeadHunter",
+    "HeadSet",
     "HostError",
     "MissingExtra",
     "OptionError",

@@ -1,0 +1,498 @@
+"""HeadHunter: exact on synthetic objectives, resumable, the same in any batch, slopes true."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+import attnctl
+from attnctl.assets import path
+from attnctl.errors import OptionError
+from attnctl.processors.headhunter import HeadHunter, HeadSet
+from attnctl.processors.headhunter.gradient import Checks, gradient
+from attnctl.processors.headhunter.greedy import greedy
+from attnctl.processors.headhunter.halving import halving, ladder
+from attnctl.processors.headhunter.headset import site_table_hash
+from attnctl.processors.headhunter.objective import Custom, objective, objectives
+from attnctl.processors.headhunter.rows import RowStrengths, strengths
+from attnctl.processors.headhunter.slopes import SlopeProbe
+from attnctl.processors.headhunter.trials import Trials
+
+HEADS = [(layer, head) for layer in range(4) for head in range(6)]
+CALL: dict[str, Any] = {
+    "num_inference_steps": 3,
+    "guidance_scale": 1.0,
+    "max_sequence_length": 8,
+}
+PROMPTS = ["a red circle and a blue square", "a green ring", "a pink cross and a cyan diamond"]
+
+
+def nothing(found: Any) -> None:
+    pass
+
+
+def additive(values: dict[tuple[int, int], float], noise: float = 0.0) -> Any:
+    """An objective in which every head adds its value, with noise that pictures share or not."""
+
+    def evaluate(candidates: Any, pictures: Any = None, steps: Any = None) -> torch.Tensor:
+        drawn = list(range(8) if pictures is None else pictures)
+        rows = []
+        for heads in candidates:
+            total = sum(values[h] for h in heads)
+            own = [math.sin(99 * i + sum(7 * a + b for a, b in heads)) for i in drawn]
+            rows.append(
+                [total + 3 * math.cos(i) + noise * x for i, x in zip(drawn, own, strict=True)]
+            )
+        return torch.tensor(rows, dtype=torch.float64)
+
+    return evaluate
+
+
+def shuffled_values() -> dict[tuple[int, int], float]:
+    order = torch.randperm(len(HEADS), generator=torch.Generator().manual_seed(3)).tolist()
+    return {head: float(value) for head, value in zip(HEADS, order, strict=True)}
+
+
+# -- strategies on synthetic objectives ----------------------------------------------------
+
+
+def test_greedy_finds_the_best_heads_of_an_additive_objective() -> None:
+    values = shuffled_values()
+    rounds = greedy(additive(values), HEADS, 3, 2, nothing)
+    wanted = sorted(HEADS, key=lambda h: -values[h])[:6]
+    assert [h for one in rounds for h in one.chosen] == wanted
+    assert [len(one.scores) for one in rounds] == [24, 22, 20]
+
+
+def test_ties_go_to_the_lower_layer_then_head() -> None:
+    flat = dict.fromkeys(HEADS, 1.0)
+    (found,) = greedy(additive(flat), list(reversed(HEADS)), 1, 3, nothing)
+    assert found.chosen == ((0, 0), (0, 1), (0, 2))
+
+
+def test_rounds_find_a_synergy_that_one_round_misses() -> None:
+    """Heads (0,0) and (3,5) are worth much together; (3,5) alone is worth little."""
+
+    def evaluate(candidates: Any, pictures: Any = None, steps: Any = None) -> torch.Tensor:
+        single = {(0, 0): 5.0, (1, 1): 4.0, (3, 5): 1.0}
+        rows = [
+            sum(single.get(h, 0.0) for h in heads) + 9.0 * ({(0, 0), (3, 5)} <= set(heads))
+            for heads in candidates
+        ]
+        return torch.tensor(rows)[:, None]
+
+    one = greedy(evaluate, HEADS, 1, 2, nothing)
+    two = greedy(evaluate, HEADS, 2, 1, nothing)
+    assert one[0].chosen == ((0, 0), (1, 1))
+    assert [r.chosen[0] for r in two] == [(0, 0), (3, 5)]
+
+
+def test_halving_finds_them_within_its_budget() -> None:
+    values = shuffled_values()
+    spent: list[int] = []
+    inner = additive(values, noise=0.4)
+
+    def evaluate(candidates: Any, pictures: Any, steps: int) -> torch.Tensor:
+        spent.append(len(candidates) * len(list(pictures)) * steps)
+        return inner(candidates, pictures, steps)
+
+    budget = 24 * 8 * 20 // 4
+    rounds = halving(evaluate, HEADS, 2, 3, nothing, pictures=8, steps=20, budget=budget)
+    wanted = sorted(HEADS, key=lambda h: -values[h])
+    assert set(rounds[0].chosen) == set(wanted[:3])
+    assert set(rounds[1].chosen) == set(wanted[3:6])
+    assert sum(spent) <= 2 * budget
+
+
+@pytest.mark.parametrize(
+    ("heads", "keep", "pictures", "steps", "part"),
+    [(64, 4, 20, 20, 0.05), (576, 24, 20, 20, 0.05), (1368, 3, 5, 15, 0.1), (7, 3, 2, 4, 1.0)],
+)
+def test_a_ladder_narrows_and_keeps_its_budget(
+    heads: int, keep: int, pictures: int, steps: int, part: float
+) -> None:
+    budget = int(heads * pictures * steps * part)
+    rungs = ladder(heads, keep, pictures, steps, budget)
+    assert rungs[0].heads == heads and rungs[-1].heads <= max(heads, 3 * keep)
+    assert all(a.heads > b.heads for a, b in itertools.pairwise(rungs))
+    assert all(r.pictures <= pictures and r.steps <= steps for r in rungs)
+    if heads * min(6, steps) <= budget / len(rungs):
+        assert sum(r.cost for r in rungs) <= budget
+
+
+def test_gradient_lets_pictures_choose_the_window_and_the_heads() -> None:
+    """The second window knows the best heads, the others mislead, the mean of all does too."""
+    values = shuffled_values()
+    wanted = sorted(HEADS, key=lambda h: -values[h])
+    right = torch.tensor([values[h] for h in HEADS], dtype=torch.float64) - 11.5
+    slopes = torch.stack([-right, 0.01 * right, -2 * right])
+    run = (additive(values), lambda heads: slopes, HEADS, 1, 2, nothing)
+    trusting = gradient(*run, every=HEADS, checks=Checks())
+    comparing = gradient(*run, every=HEADS, checks=Checks(sets=2))
+    assert set(trusting[0].chosen) == set(wanted[-2:])
+    assert set(comparing[0].chosen) == set(wanted[:2])
+    # one window that knows the best four, in the wrong order
+    near = {h: 9.0 - abs(i - 3.4) if i < 4 else 0.0 for i, h in enumerate(wanted)}
+    one = torch.tensor([[near[h] for h in HEADS]])
+    run = (additive(values), lambda heads: one, HEADS, 1, 2, nothing)
+    assert set(gradient(*run, every=HEADS, checks=Checks(2))[0].chosen) == set(wanted[2:4])
+    scored = gradient(*run, every=HEADS, checks=Checks(2, 4, 3))
+    assert set(scored[0].chosen) == set(wanted[:2])
+
+
+# -- head sets -----------------------------------------------------------------------------
+
+
+def test_a_head_set_survives_its_files(tmp_path: Path) -> None:
+    rounds = greedy(additive(shuffled_values()), HEADS, 2, 2, nothing)
+    heads = tuple(h for one in rounds for h in one.chosen)
+    found = HeadSet(
+        heads, model="m", table="t", options={"u": 0.5, "scale": 2.0}, objective="world",
+        strategy="greedy", prompts=("a",), seeds=(4,), call={"num_inference_steps": 3},
+        forwards=9, rounds=tuple(rounds),
+    )  # fmt: skip
+    assert HeadSet.load(found.save(tmp_path / "a.json")) == found
+    assert (tmp_path / "a.json").read_bytes().endswith(b"}\n")
+    official = found.save(tmp_path / "a.txt")
+    assert official.read_text().splitlines()[0] == "{},{}".format(*heads[0])
+    assert HeadSet.load(official).heads == heads
+    control = found.control(u=0.25)
+    assert control == attnctl.SoftPAG(heads=heads, u=0.25, scale=2.0)
+    assert found.first(1).heads == heads[:1]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("1,2\n3;4\n", "line 2"),
+        ("", "at least one"),
+        ("1,2\n1,2\n", "twice"),
+        ('{"format": "other"}', "expected 'attnctl head set 1'"),
+        ('{"format": "attnctl head set 1", "heads": [[1]]}', "broken"),
+        ('{"form', "no valid JSON"),
+    ],
+)
+def test_broken_head_sets_are_refused(text: str, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "heads"
+    file.write_text(text)
+    with pytest.raises(OptionError, match=message):
+        HeadSet.load(file)
+
+
+def test_a_head_set_knows_its_model() -> None:
+    pipe = DiffusionPipeline.from_pretrained(path("tiny-sd3"))
+    sites = attnctl.sites(pipe)
+    HeadSet(((0, 0),), table=site_table_hash(sites)).check(sites)
+    with pytest.raises(OptionError, match="do not carry over"):
+        HeadSet(((0, 0),), model="other", table="0" * 16).check(sites)
+
+
+# -- objectives ----------------------------------------------------------------------------
+
+
+def test_pixel_objectives() -> None:
+    source = torch.Generator().manual_seed(0)
+    images = torch.rand(3, 3, 5, 7, generator=source)
+    r, g, b = images.double().unbind(1)
+    grey = 0.2126 * r + 0.7152 * g + 0.0722 * b
+    dx = grey[:, :4, 1:] - grey[:, :4, :6]
+    dy = grey[:, 1:, :6] - grey[:, :4, :6]
+    wanted = {
+        "redness": (r - g / 2 - b / 2).mean((1, 2)),
+        "brightness": grey.mean((1, 2)),
+        "edges": (dx**2 + dy**2).sqrt().mean((1, 2)),
+    }
+    for name, value in wanted.items():
+        found = objective(name).score(images, [""] * 3)
+        torch.testing.assert_close(found.double(), value, rtol=1e-5, atol=1e-6)
+
+
+def test_objectives_by_name_and_by_function() -> None:
+    assert {"world", "redness", "clip", "pickscore", "hpsv2", "aesthetic"} <= set(objectives())
+    mine = objective(lambda images, prompts: [float(len(p)) for p in prompts])
+    assert mine.score(torch.zeros(2, 3, 4, 4), ["a", "bb"]).tolist() == [1.0, 2.0]
+    assert str(objective("math:sqrt")) == "math:sqrt"
+    for wrong, message in (
+        ("rednes", "redness"),
+        ("clip", "expected clip:FOLDER"),
+        ("redness:3", "expected redness"),
+        ("no.such:thing", "cannot be imported"),
+        ("clip:/nowhere", "no folder of a CLIP model"),
+    ):
+        with pytest.raises(OptionError, match=message):
+            objective(wrong)
+    with pytest.raises(OptionError, match=r"shape \(1,\) for 2"):
+        Custom(lambda images, prompts: [1.0], "short").score(torch.zeros(2, 3, 4, 4), ["", ""])
+
+
+def test_clip_scores_are_those_of_transformers(tmp_path: Path) -> None:
+    from transformers import CLIPConfig, CLIPModel
+
+    source = path("tiny-sd3") / "tokenizer"
+    torch.manual_seed(0)
+    small = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    pipe_words = json.loads((source / "vocab.json").read_text())
+    text = {
+        **small, "num_attention_heads": 2, "vocab_size": len(pipe_words),
+        "max_position_embeddings": 20, "eos_token_id": pipe_words["<|endoftext|>"],
+    }  # fmt: skip
+    vision = {**small, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)
+    model = CLIPModel(config).eval()
+    model.save_pretrained(tmp_path)
+    for file in source.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    mean, std = (
+        torch.tensor(x)[:, None, None]
+        for x in ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+    )
+    words = DiffusionPipeline.from_pretrained(path("tiny-sd3")).tokenizer(
+        PROMPTS[:2], padding=True, return_tensors="pt"
+    )
+    with torch.no_grad():
+        logits = model(pixel_values=(images - mean) / std, **words).logits_per_image.diagonal()
+        scale = model.logit_scale.exp()
+    pick = objective(f"pickscore:{tmp_path}").score(images, PROMPTS[:2])
+    clip = objective(f"clip:{tmp_path}").score(images, PROMPTS[:2])
+    torch.testing.assert_close(pick, logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(clip, 100 * logits / scale, rtol=1e-4, atol=1e-4)
+    head = torch.nn.Sequential(torch.nn.Linear(12, 5), torch.nn.Dropout(), torch.nn.Linear(5, 1))
+    torch.save({f"layers.{k}": v for k, v in head.state_dict().items()}, tmp_path / "head.pth")
+    with torch.no_grad():
+        seen = model.visual_projection(
+            model.vision_model(pixel_values=(images - mean) / std).pooler_output
+        )
+        wanted = head.eval()(seen / seen.norm(dim=-1, keepdim=True)).squeeze(-1)
+    found = objective(f"aesthetic:{tmp_path}+{tmp_path / 'head.pth'}").score(images, ["", ""])
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+# -- on tiny-sd3 ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Any:
+    made = DiffusionPipeline.from_pretrained(path("tiny-sd3"))
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def trials(pipe: Any, **more: Any) -> Trials:
+    options: dict[str, Any] = {"batch": 4, **more}
+    return Trials(
+        pipe, attnctl.SoftPAG(scale=2.0, u=0.7), objective("redness"), PROMPTS, [3, 1, 4],
+        call=dict(CALL), **options,
+    )  # fmt: skip
+
+
+def test_every_row_gets_its_own_heads(pipe: Any) -> None:
+    sets: list[tuple[tuple[int, int], ...]] = [((0, 1), (5, 2)), (), ((7, 7),)]
+    together = trials(pipe).draw(sets, [0, 0, 0])
+    for image, heads in zip(together, sets, strict=True):
+        noise = [torch.Generator().manual_seed(3)]
+        stack = [attnctl.SoftPAG(scale=2.0, u=0.7, heads=heads)] if heads else []
+        with attnctl.patch(pipe, *stack) if stack else torch.no_grad():
+            alone = pipe([PROMPTS[0]], generator=noise, output_type="pt", **CALL).images[0]
+        assert (image - alone).abs().max() < 1e-4
+    assert (together[0] - together[1]).abs().max() > 0.01
+
+
+def test_slopes_are_those_of_finite_differences(pipe: Any) -> None:
+    """At the first step, where the run is the same whatever u is."""
+    guidance = attnctl.SoftPAG(scale=2.0)
+    sites = trials(pipe).sites
+    shapes = {s.index: s.heads for s in sites}
+
+    def probe(u: float, head: tuple[int, int]) -> tuple[float, SlopeProbe]:
+        seen: list[float] = []
+
+        def judge(images: torch.Tensor) -> torch.Tensor:
+            score = objective("redness").score(images, [])
+            seen.append(float(score.detach().double().sum()))
+            return score
+
+        table = strengths([[head]] * 2, u, sites)
+        one = SlopeProbe(guidance, table, shapes, (0,), judge)
+        noise = [torch.Generator().manual_seed(s) for s in (1, 2)]
+        with attnctl.patch(pipe, one):
+            pipe(PROMPTS[:2], generator=noise, output_type="latent", **CALL)
+        return seen[0], one
+
+    for layer, head in ((1, 3), (6, 0)):
+        high, _ = probe(0.405, (layer, head))
+        low, _ = probe(0.395, (layer, head))
+        _, middle = probe(0.4, (layer, head))
+        site = next(s.index for s in sites if s.layer == layer)
+        slope = float(middle.found[0][site][:, head].sum())
+        assert (high - low) / 0.01 == pytest.approx(slope, rel=0.03, abs=1e-5)
+
+
+def test_a_probed_run_draws_what_a_plain_one_draws(pipe: Any) -> None:
+    noise = torch.Generator().manual_seed(0)
+    plain = pipe(PROMPTS[0], generator=noise, output_type="pt", **CALL).images
+    shapes = {s.index: s.heads for s in trials(pipe).sites}
+    one = SlopeProbe(attnctl.SoftPAG(), {}, shapes, (1,))
+    with attnctl.patch(pipe, one):
+        noise = torch.Generator().manual_seed(0)
+        probed = pipe(PROMPTS[0], generator=noise, output_type="pt", **CALL).images
+    assert torch.equal(plain, probed) and len(one.found[1]) == 8
+
+
+def test_the_batch_does_not_matter(pipe: Any) -> None:
+    candidates = [((0, 0),), ((3, 3), (4, 4)), ()]
+    small = trials(pipe, batch=2).score(candidates)
+    large = trials(pipe, batch=9).score(candidates)
+    torch.testing.assert_close(small, large, rtol=0, atol=1e-5)
+    assert small.shape == (3, 3)
+
+
+def test_forwards_are_counted_as_they_happen(pipe: Any) -> None:
+    rows: list[int] = []
+    hook = pipe.transformer.pos_embed.register_forward_pre_hook(
+        lambda module, args: rows.append(len(args[0]))
+    )
+    one = trials(pipe)
+    try:
+        one.score([((0, 0),), ((1, 1),)])
+    finally:
+        hook.remove()
+    assert sum(rows) == one.forwards == 2 * 3 * 3 * 2
+
+
+SEARCH: dict[str, Any] = {"rounds": 2, "top_k": 1, "pool": "L2H0-3", "batch": 3}
+
+
+@pytest.mark.parametrize("strategy", ["greedy", "halving", "gradient"])
+def test_a_killed_search_goes_on_to_the_same_result(
+    pipe: Any, strategy: Any, tmp_path: Path
+) -> None:
+    budget, dies_at = (1.0, 5) if strategy == "gradient" else (0.5, 3)
+
+    def hunter(judge: Any) -> HeadHunter:
+        return HeadHunter(judge, attnctl.SoftPAG(scale=3.0), strategy, budget=budget, **SEARCH)
+
+    class Dies:
+        calls = 0
+
+        def __call__(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+            self.calls += 1
+            if self.calls == dies_at:
+                raise KeyboardInterrupt
+            return objective("redness").score(images, prompts)
+
+    judge, file = Dies(), tmp_path / "scores.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        hunter(Custom(judge, "r")).search(pipe, PROMPTS, journal=file, progress=False, **CALL)
+    with file.open("ab") as torn:
+        torn.write(b'{"values": {"torn')  # the line that was being written
+    resumed = hunter(Custom(judge, "r")).search(
+        pipe, PROMPTS, journal=file, progress=False, **CALL
+    )
+    fresh = hunter(Custom(Dies.__call__.__get__(type("Never", (), {"calls": 9})()), "r")).search(
+        pipe, PROMPTS, progress=False, **CALL
+    )
+    assert resumed.heads == fresh.heads and resumed.rounds == fresh.rounds
+    assert 0 < resumed.forwards < fresh.forwards
+    assert not hasattr(pipe, "_attnctl") and "encode_prompt" not in pipe.__dict__
+    with pytest.raises(OptionError, match="other settings \\(seeds\\)"):
+        hunter(Custom(judge, "r")).search(
+            pipe, PROMPTS, seeds=[9, 9, 9], journal=file, progress=False, **CALL
+        )
+
+
+TWO = """
+import sys, torch
+torch.set_num_threads(1)
+from diffusers import DiffusionPipeline
+from attnctl import HeadHunter, SoftPAG
+from attnctl.assets import path
+pipe = DiffusionPipeline.from_pretrained(path("tiny-sd3"))
+hunter = HeadHunter("redness", SoftPAG(scale=3.0), "greedy", rounds=2, top_k=1, pool="L2H0-3",
+                    batch=2)
+call = dict(num_inference_steps=3, guidance_scale=1.0, max_sequence_length=8)
+found = hunter.search(pipe, ["a red circle", "a green ring"], journal=sys.argv[1],
+                      progress=False, **call)
+found.save(sys.argv[2] + __import__("os").environ.get("RANK", "") + ".json")
+"""
+
+
+def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
+    """Over gloo on the CPU, started as `accelerate launch` and torchrun start them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    places = [str(tmp_path / name) for name in ("two.jsonl", "two")]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2",
+              "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}  # fmt: skip
+    pair = [
+        subprocess.Popen(
+            [sys.executable, "-P", "-c", TWO, *places],
+            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]
+    assert [one.wait(timeout=240) for one in pair] == [0, 0]
+    first, second = (HeadSet.load(tmp_path / f"two{rank}.json") for rank in range(2))
+    alone = subprocess.run(
+        [sys.executable, "-P", "-c", TWO, str(tmp_path / "one.jsonl"), str(tmp_path / "one")],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=240,
+    )  # fmt: skip
+    assert alone.returncode == 0
+    one = HeadSet.load(tmp_path / "one.json")
+    assert first == second == one
+    lines = (tmp_path / "two.jsonl").read_text().splitlines()
+    assert len(lines) == 1 + 2 + 2  # settings; waves of two batches of two for 8 and 6 pictures
+
+
+@pytest.mark.parametrize("strategy", ["greedy", "halving", "gradient"])
+def test_a_plan_says_what_the_search_takes(pipe: Any, strategy: Any) -> None:
+    hunter = HeadHunter("redness", strategy=strategy, budget=0.8, **SEARCH)
+    plan = hunter.plan(pipe, PROMPTS, **CALL)
+    found = hunter.search(pipe, PROMPTS, progress=False, **CALL)
+    assert plan.greedy == (4 + 3) * 3 * 3 * 2
+    assert found.forwards <= plan.forwards <= plan.greedy
+    assert found.forwards >= 0.7 * plan.forwards
+    assert found.objective == "redness" and found.prompts == tuple(PROMPTS)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rounds": 0}, "rounds=0"),
+        ({"strategy": "magic"}, "magic"),
+        ({"budget": 0.0}, "budget"),
+        ({"guidance": attnctl.SoftPAG(u=0.0)}, "perturbs nothing"),
+        ({"rounds": 40, "top_k": 40}, "the pool has 64"),
+    ],
+)
+def test_wrong_searches_are_refused(pipe: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        HeadHunter("redness", **options).plan(pipe, PROMPTS)
+
+
+def test_a_blind_objective_has_no_slopes(pipe: Any) -> None:
+    class Blind(Custom):
+        differentiable = False
+
+    hunter = HeadHunter(Blind(lambda images, prompts: [0.0] * len(images)), strategy="gradient",
+                        **SEARCH)  # fmt: skip
+    with pytest.raises(OptionError, match="no gradients"):
+        hunter.search(pipe, PROMPTS, progress=False, **CALL)
+
+
+def test_row_strengths_refuse_heads_that_are_not_there(pipe: Any) -> None:
+    with pytest.raises(OptionError, match="no head L9H0"):
+        strengths([[(9, 0)]], 1.0, attnctl.sites(pipe))
+    assert RowStrengths(attnctl.SoftPAG()).kinds == ("self", "joint")
