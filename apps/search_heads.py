@@ -109,7 +109,8 @@ def search_heads(order: Order, say: Callable[[str], None]) -> HeadSet | None:
     if int(os.environ.get("RANK", "0")) == 0:
         found.save(order.out)
         say(f"{', '.join(f'L{a}H{b}' for a, b in found.heads)}")
-        say(f"written to {order.out}; scores are in {journal}")
+        say(f"written to {order.out}")
+        say(f"every score is in {journal}")
     return found
 
 

@@ -151,3 +151,10 @@ def test_the_card_shows_its_figures(folder: Path, rows: Rows):
     assert all(f"{100 * row['rate']:.1f} %" in card for row in rows)
     assert all(len(line) < 100 for line in card.splitlines() if not line.startswith("|"))
     assert "{" not in card and (folder.parent / "tiny-sd.png").is_file()
+
+
+def test_every_version_of_transformers_finds_the_text_encoder_s_weights():
+    file = assets.path("tiny-sd") / "text_encoder" / "model.safetensors"
+    with safe_open(file, "pt") as weights:
+        names = list(weights.keys())
+    assert len(names) > 50 and all(name.startswith("text_model.") for name in names)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
@@ -9,6 +10,7 @@ import os
 import socket
 import subprocess
 import sys
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +20,16 @@ from diffusers import DiffusionPipeline
 
 import attnctl
 from attnctl.assets import path
+from attnctl.assets.world import heldout_prompts
 from attnctl.errors import OptionError
 from attnctl.processors.headhunter import HeadHunter, HeadSet
-from attnctl.processors.headhunter.gradient import Checks, gradient
+from attnctl.processors.headhunter.forecast import Enough, Forecast
+from attnctl.processors.headhunter.gradient import gradient
 from attnctl.processors.headhunter.greedy import greedy
 from attnctl.processors.headhunter.halving import halving, ladder
 from attnctl.processors.headhunter.headset import site_table_hash
 from attnctl.processors.headhunter.objective import Custom, objective, objectives
 from attnctl.processors.headhunter.rows import RowStrengths, strengths
-from attnctl.processors.headhunter.slopes import SlopeProbe
 from attnctl.processors.headhunter.trials import Trials
 
 HEADS = [(layer, head) for layer in range(4) for head in range(6)]
@@ -131,24 +134,17 @@ def test_a_ladder_narrows_and_keeps_its_budget(
         assert sum(r.cost for r in rungs) <= budget
 
 
-def test_gradient_lets_pictures_choose_the_window_and_the_heads() -> None:
-    """The second window knows the best heads, the others mislead, the mean of all does too."""
+def test_gradient_lets_pictures_choose_the_window() -> None:
+    """The second window knows the best heads, the others mislead, all together do too."""
     values = shuffled_values()
     wanted = sorted(HEADS, key=lambda h: -values[h])
     right = torch.tensor([values[h] for h in HEADS], dtype=torch.float64) - 11.5
     slopes = torch.stack([-right, 0.01 * right, -2 * right])
     run = (additive(values), lambda heads: slopes, HEADS, 1, 2, nothing)
-    trusting = gradient(*run, every=HEADS, checks=Checks())
-    comparing = gradient(*run, every=HEADS, checks=Checks(sets=2))
+    trusting = gradient(*run, every=HEADS, pictures=lambda r: 0)
+    comparing = gradient(*run, every=HEADS, pictures=lambda r: 2)
     assert set(trusting[0].chosen) == set(wanted[-2:])
     assert set(comparing[0].chosen) == set(wanted[:2])
-    # one window that knows the best four, in the wrong order
-    near = {h: 9.0 - abs(i - 3.4) if i < 4 else 0.0 for i, h in enumerate(wanted)}
-    one = torch.tensor([[near[h] for h in HEADS]])
-    run = (additive(values), lambda heads: one, HEADS, 1, 2, nothing)
-    assert set(gradient(*run, every=HEADS, checks=Checks(2))[0].chosen) == set(wanted[2:4])
-    scored = gradient(*run, every=HEADS, checks=Checks(2, 4, 3))
-    assert set(scored[0].chosen) == set(wanted[:2])
 
 
 # -- head sets -----------------------------------------------------------------------------
@@ -196,6 +192,35 @@ def test_a_head_set_knows_its_model() -> None:
     HeadSet(((0, 0),), table=site_table_hash(sites)).check(sites)
     with pytest.raises(OptionError, match="do not carry over"):
         HeadSet(((0, 0),), model="other", table="0" * 16).check(sites)
+
+
+def test_a_head_set_makes_the_control_for_its_model(tmp_path: Path) -> None:
+    pipe = DiffusionPipeline.from_pretrained(path("tiny-sd3"))
+    table = site_table_hash(attnctl.sites(pipe))
+    found = HeadSet(((6, 4), (6, 2)), table=table, options={"u": 1.0, "scale": 2.0})
+    file = found.save(tmp_path / "heads.json")
+    for heads in (found, file, str(file)):
+        made = attnctl.SoftPAG.for_model(pipe, heads=heads, u=0.5)
+        assert made == attnctl.SoftPAG(heads=((6, 4), (6, 2)), scale=2.0, u=0.5)
+    # another guidance takes the heads, not the options that were tuned for SoftPAG
+    assert attnctl.SEG.for_model(pipe, heads=found).scale == attnctl.SEG().scale
+    assert attnctl.SoftPAG.for_model(pipe, heads="L3").heads == "L3"
+    other = HeadSet(((6, 4),), table="0" * 16)
+    with pytest.raises(OptionError, match="do not carry over"):
+        attnctl.SoftPAG.for_model(pipe, heads=other)
+
+
+def test_the_shipped_set_is_the_preset_of_its_name() -> None:
+    pipe = DiffusionPipeline.from_pretrained(path("tiny-sd3"))
+    preset = attnctl.SoftPAG.for_model(pipe, preset="tiny-sd3-redness")
+    folder = Path(str(resources.files("attnctl.presets")))
+    shipped = HeadSet.load(folder / "heads" / "tiny-sd3-redness.json")
+    shipped.check(attnctl.sites(pipe))
+    chosen = attnctl.sites(pipe).select(preset.selector, preset.kinds)
+    heads = [(i, h) for i, mask in chosen.items() for h in mask.nonzero().flatten().tolist()]
+    assert sorted(heads) == sorted(shipped.heads)
+    assert (preset.scale, preset.u) == (shipped.options["scale"], shipped.options["u"])
+    assert attnctl.SoftPAG.for_model(pipe).heads == "all"  # by name only
 
 
 # -- objectives ----------------------------------------------------------------------------
@@ -309,45 +334,93 @@ def test_every_row_gets_its_own_heads(pipe: Any) -> None:
     assert (together[0] - together[1]).abs().max() > 0.01
 
 
+def forecast(pipe: Any, prompts: list[str], **options: Any) -> Forecast:
+    look = Forecast(attnctl.SoftPAG(scale=2.0), **options)
+    noise = [torch.Generator().manual_seed(i + 1) for i in range(len(prompts))]
+    with attnctl.patch(pipe, look), contextlib.suppress(Enough):
+        pipe(prompts, generator=noise, output_type="latent", **CALL)
+    return look
+
+
 def test_slopes_are_those_of_finite_differences(pipe: Any) -> None:
     """At the first step, where the run is the same whatever u is."""
-    guidance = attnctl.SoftPAG(scale=2.0)
     sites = trials(pipe).sites
-    shapes = {s.index: s.heads for s in sites}
-
-    def probe(u: float, head: tuple[int, int]) -> tuple[float, SlopeProbe]:
-        seen: list[float] = []
-
-        def judge(images: torch.Tensor) -> torch.Tensor:
-            score = objective("redness").score(images, [])
-            seen.append(float(score.detach().double().sum()))
-            return score
-
-        table = strengths([[head]] * 2, u, sites)
-        one = SlopeProbe(guidance, table, shapes, (0,), judge)
-        noise = [torch.Generator().manual_seed(s) for s in (1, 2)]
-        with attnctl.patch(pipe, one):
-            pipe(PROMPTS[:2], generator=noise, output_type="latent", **CALL)
-        return seen[0], one
-
-    for layer, head in ((1, 3), (6, 0)):
-        high, _ = probe(0.405, (layer, head))
-        low, _ = probe(0.395, (layer, head))
-        _, middle = probe(0.4, (layer, head))
-        site = next(s.index for s in sites if s.layer == layer)
-        slope = float(middle.found[0][site][:, head].sum())
-        assert (high - low) / 0.01 == pytest.approx(slope, rel=0.03, abs=1e-5)
+    options: dict[str, Any] = {
+        "slopes_at": {s.index: s.heads for s in sites}, "at": (0,),
+        "judge": lambda images: objective("redness").score(images, []),
+    }  # fmt: skip
+    for head in ((1, 3), (6, 0)):
+        middle, high, low = (strengths([[head]] * 2, u, sites) for u in (0.4, 0.405, 0.395))
+        look = forecast(pipe, PROMPTS[:2], table=middle, candidates=(high, low), **options)
+        up, down = look.scores[0].double().sum(1)
+        site = next(s.index for s in sites if s.layer == head[0])
+        slope = float(look.slopes[0][site][:, head[1]].sum())
+        assert float(up - down) / 0.01 == pytest.approx(slope, rel=0.03, abs=1e-5)
 
 
-def test_a_probed_run_draws_what_a_plain_one_draws(pipe: Any) -> None:
-    noise = torch.Generator().manual_seed(0)
-    plain = pipe(PROMPTS[0], generator=noise, output_type="pt", **CALL).images
-    shapes = {s.index: s.heads for s in trials(pipe).sites}
-    one = SlopeProbe(attnctl.SoftPAG(), {}, shapes, (1,))
-    with attnctl.patch(pipe, one):
-        noise = torch.Generator().manual_seed(0)
-        probed = pipe(PROMPTS[0], generator=noise, output_type="pt", **CALL).images
-    assert torch.equal(plain, probed) and len(one.found[1]) == 8
+def test_a_forecast_is_the_picture_of_the_guided_prediction(pipe: Any) -> None:
+    """Recomputed from the denoiser's own outputs, with the run guided before the look."""
+    sites = trials(pipe).sites
+    first, other = (strengths([[h]] * 2, 1.0, sites) for h in ((2, 1), (5, 5)))
+    seen: list[torch.Tensor] = []
+
+    def judge(images: torch.Tensor) -> torch.Tensor:
+        seen.append(images.detach())
+        return images.mean((1, 2, 3))
+
+    forecast(pipe, PROMPTS[:2], table=first, candidates=(other,), at=(1,), judge=judge)
+    kept: dict[str, Any] = {}
+
+    class Peek(attnctl.Control):
+        name = "peek"
+
+        def denoise(self, call: Any) -> torch.Tensor:
+            if call.step.index == 1:
+                kept.update(inputs=dict(call.inputs), sigma=call.step.sigma)
+            return call.proceed()
+
+    guided = attnctl.SoftPAG(scale=2.0, u=1.0, heads=[(2, 1)])
+    noise = [torch.Generator().manual_seed(i + 1) for i in range(2)]
+    with attnctl.patch(pipe, Peek(), guided):
+        pipe(PROMPTS[:2], generator=noise, output_type="latent", **CALL)
+    inputs = kept["inputs"]
+    inputs["return_dict"] = False
+    with torch.no_grad():
+        cond = pipe.transformer(**inputs)[0]
+        with attnctl.patch(pipe.transformer, RowStrengths(attnctl.SoftPAG(scale=1.0), other)):
+            weak = 2 * cond - pipe.transformer(**inputs)[0]
+        clean = inputs["hidden_states"] - kept["sigma"] * (cond + 2.0 * (cond - weak))
+        config = pipe.vae.config
+        images = pipe.vae.decode(clean / config.scaling_factor + config.shift_factor).sample
+    assert (seen[0] - (images / 2 + 0.5).clamp(0, 1)).abs().max() < 1e-3
+
+
+def test_a_run_with_looks_draws_what_a_plain_one_draws(pipe: Any) -> None:
+    """Guided or not; and without `whole` it ends at the last look."""
+    sites = trials(pipe).sites
+    table = strengths([[(2, 1)]], 1.0, sites)
+    for chosen, stack in (({}, []), (table, [attnctl.SoftPAG(scale=2.0, u=1.0, heads="L2H1")])):
+        look = Forecast(
+            attnctl.SoftPAG(scale=2.0), chosen, at=(1,), candidates=(table,), whole=True
+        )
+        drawn = []
+        for controls in (stack, [look]):
+            with attnctl.patch(pipe, *controls) if controls else contextlib.nullcontext():
+                noise = torch.Generator().manual_seed(0)
+                drawn.append(pipe(PROMPTS[0], generator=noise, output_type="pt", **CALL).images)
+        assert (drawn[0] - drawn[1]).abs().max() < 1e-5 and look.scores[1].shape == (1, 1)
+    rows: list[int] = []
+    hook = pipe.transformer.pos_embed.register_forward_pre_hook(
+        lambda module, args: rows.append(len(args[0]))
+    )
+    try:
+        forecast(pipe, PROMPTS[:2], table=strengths([[(2, 1)]] * 2, 1.0, sites),
+                 candidates=(strengths([[(3, 1)]] * 2, 1.0, sites),), at=(0, 1))  # fmt: skip
+    finally:
+        hook.remove()
+    # step 0: the pass, the look, the guiding pass; step 1: the pass and the look
+    assert rows == [2] * 5 and sum(rows) == 2 * (trials(pipe).slope_cost(True, (0, 1)) - 4)
+    assert not hasattr(pipe, "_attnctl")
 
 
 def test_the_batch_does_not_matter(pipe: Any) -> None:
@@ -378,7 +451,7 @@ SEARCH: dict[str, Any] = {"rounds": 2, "top_k": 1, "pool": "L2H0-3", "batch": 3}
 def test_a_killed_search_goes_on_to_the_same_result(
     pipe: Any, strategy: Any, tmp_path: Path
 ) -> None:
-    budget, dies_at = (1.0, 5) if strategy == "gradient" else (0.5, 3)
+    budget, dies_at = {"greedy": (1, 3), "halving": (0.5, 3), "gradient": (1, 5)}[strategy]
 
     def hunter(judge: Any) -> HeadHunter:
         return HeadHunter(judge, attnctl.SoftPAG(scale=3.0), strategy, budget=budget, **SEARCH)
@@ -400,11 +473,11 @@ def test_a_killed_search_goes_on_to_the_same_result(
     resumed = hunter(Custom(judge, "r")).search(
         pipe, PROMPTS, journal=file, progress=False, **CALL
     )
-    fresh = hunter(Custom(Dies.__call__.__get__(type("Never", (), {"calls": 9})()), "r")).search(
+    fresh = hunter(Custom(Dies.__call__.__get__(type("Never", (), {"calls": 999})()), "r")).search(
         pipe, PROMPTS, progress=False, **CALL
     )
     assert resumed.heads == fresh.heads and resumed.rounds == fresh.rounds
-    assert 0 < resumed.forwards < fresh.forwards
+    assert resumed.forwards == fresh.forwards
     assert not hasattr(pipe, "_attnctl") and "encode_prompt" not in pipe.__dict__
     with pytest.raises(OptionError, match="other settings \\(seeds\\)"):
         hunter(Custom(judge, "r")).search(
@@ -453,7 +526,7 @@ def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
     one = HeadSet.load(tmp_path / "one.json")
     assert first == second == one
     lines = (tmp_path / "two.jsonl").read_text().splitlines()
-    assert len(lines) == 1 + 2 + 2  # settings; waves of two batches of two for 8 and 6 pictures
+    assert len(lines) == 1 + 4 + 3  # settings; batches of two for 8 and 6 pictures
 
 
 @pytest.mark.parametrize("strategy", ["greedy", "halving", "gradient"])
@@ -496,3 +569,23 @@ def test_row_strengths_refuse_heads_that_are_not_there(pipe: Any) -> None:
     with pytest.raises(OptionError, match="no head L9H0"):
         strengths([[(9, 0)]], 1.0, attnctl.sites(pipe))
     assert RowStrengths(attnctl.SoftPAG()).kinds == ("self", "joint")
+
+
+def test_the_shipped_heads_redden_pictures_more_with_more_u(pipe: Any) -> None:
+    """On held-out prompts and other seeds than those of its search; random heads do not."""
+    folder = Path(str(resources.files("attnctl.presets")))
+    shipped = HeadSet.load(folder / "heads" / "tiny-sd3-redness.json")
+    call = {**CALL, "num_inference_steps": 8}
+    prompts = heldout_prompts(6, 2, seed=9)
+    means = []
+    for u in (0.25, 0.5, 1.0):
+        guidance = attnctl.SoftPAG(scale=3.0, u=u)
+        one = Trials(pipe, guidance, objective("redness"), prompts, range(70, 76), 12, call=call)
+        stock, chosen = one.score([(), shipped.heads])
+        means.append(float((chosen - stock).mean()))
+    assert (chosen > stock).all()
+    assert 0 < means[0] < means[1] < means[2]
+    random = tuple((layer, (layer * 5 + 3) % 8) for layer in range(8))
+    assert not set(random) & set(shipped.heads)
+    stock, other = one.score([(), random])
+    assert means[2] > 3 * abs(float((other - stock).mean()))

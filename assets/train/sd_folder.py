@@ -8,11 +8,14 @@ from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file, save_file
 
 from attnctl.assets.train.clip_text import tokenizer
 from attnctl.assets.train.folders import tidy
 from attnctl.assets.train.sd_parts import scheduler
 from attnctl.assets.train.weights import rounded
+
+PREFIX = "text_model."
 
 
 def pipeline(**parts: Any) -> Any:
@@ -42,5 +45,16 @@ def save_pipeline(folder: Path, **trained: torch.nn.Module) -> Path:
     pipeline(**parts, tokenizer=tokenizer(folder / "tokenizer")).save_pretrained(folder)
     shutil.rmtree(folder / "tokenizer")
     tokenizer(folder / "tokenizer")  # its plain files, not those of one version
+    _name_for_all_versions(folder / "text_encoder" / "model.safetensors")
     tidy(folder)
     return folder
+
+
+def _name_for_all_versions(path: Path) -> None:
+    """Name the text encoder's weights as every version of transformers reads them.
+
+    Version 5 saves a CLIPTextModel without the prefix that version 4 looks for.
+    """
+    state = load_file(path)
+    named = {PREFIX + name.removeprefix(PREFIX): value for name, value in state.items()}
+    save_file(named, path, metadata={"format": "pt"})

@@ -22,8 +22,10 @@ towards |e_c|; the conditional output it sees then already holds the term.
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -38,9 +40,12 @@ from .heads import head_indices, is_added_branch, put
 
 if TYPE_CHECKING:
     from attnctl.hosts.run import Run
+    from attnctl.processors.headhunter.headset import HeadSet
     from attnctl.selectors import Selection
 
 __all__ = ["PerturbedGuidance", "soften"]
+
+_LOG = logging.getLogger("attnctl")
 
 
 def soften(out: Tensor, perturbed: Tensor, u: float | Tensor) -> Tensor:
@@ -121,6 +126,29 @@ class PerturbedGuidance(Control):
                     f"{self.name}: {key}={getattr(self, key)!r} is not one of {', '.join(known)}"
                 )
         _ = self.schedule  # checks start, stop and sigmas
+
+    @classmethod
+    def for_model(cls, target: Any, preset: str | None = None, **options: Any) -> Control:
+        """Return the guidance with a searched head set, or with the preset that fits.
+
+        Args:
+            target: pipeline or denoiser.
+            preset: name of a preset, None for the one that matches the model.
+            **options: override the preset's. `heads` may also be a `HeadSet` or the path of one
+                (.json or .txt): then its search's options are used instead of a preset's.
+
+        Raises:
+            OptionError: if the set was searched on a model with other sites, or no preset fits.
+        """
+        found = _head_set(options.get("heads"))
+        if found is None:
+            return super().for_model(target, preset, **options)
+        from attnctl.sites import sites
+
+        found.check(sites(target))
+        searched = dict(found.options) if found.perturbation == cls.name else {}
+        _LOG.info("%s: %d heads searched for %s", cls.name, len(found.heads), found.objective)
+        return cls(**{**searched, **options, "heads": found.heads})
 
     @property
     def selector(self) -> Any:
@@ -231,6 +259,17 @@ class PerturbedGuidance(Control):
                 "guidance scale 0, so that nothing can be added; use another guidance scale"
             )
         return scale
+
+
+def _head_set(heads: Any) -> HeadSet | None:
+    """Return the head set that an option stands for, None for a plain selector."""
+    from attnctl.processors.headhunter.headset import HeadSet
+
+    if isinstance(heads, HeadSet):
+        return heads
+    if isinstance(heads, Path) or (isinstance(heads, str) and heads.endswith((".json", ".txt"))):
+        return HeadSet.load(heads)
+    return None
 
 
 def _add_to_all(out: Tensor, term: Tensor, groups: int) -> Tensor:

@@ -34,13 +34,12 @@ class Round:
 
     Args:
         chosen: the heads it added, best first.
-        scores: mean objective of "the heads so far and this one", for each head tried.
-        before: mean objective of the heads so far, where it was measured.
+        scores: for each head tried last. Greedy: mean objective of "the heads so far and this
+            one". Gradient and halving: its forecast, in standard deviations above the mean.
     """
 
     chosen: tuple[Head, ...]
     scores: Mapping[Head, float]
-    before: float | None = None
 
 
 @dataclass(frozen=True)
@@ -130,7 +129,6 @@ class HeadSet:
         data["rounds"] = [
             {
                 "chosen": r.chosen,
-                "before": r.before,
                 "scores": [[*head, score] for head, score in r.scores.items()],
             }
             for r in self.rounds
@@ -185,7 +183,7 @@ def _pairs(values: Iterable[Any]) -> tuple[Head, ...]:
 
 def _round(data: Mapping[str, Any]) -> Round:
     scores = {(int(a), int(b)): float(score) for a, b, score in data["scores"]}
-    return Round(_pairs(data["chosen"]), scores, data.get("before"))
+    return Round(_pairs(data["chosen"]), scores)
 
 
 def _lines(text: str) -> Iterable[tuple[int, str]]:

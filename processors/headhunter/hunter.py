@@ -30,7 +30,7 @@ from attnctl.processors.guidance.perturbed import PerturbedGuidance
 from attnctl.processors.guidance.softpag import SoftPAG
 
 from .crew import Crew
-from .gradient import Checks, gradient
+from .gradient import gradient
 from .greedy import greedy
 from .halving import halving, ladder
 from .headset import Head, HeadSet, Round, site_table_hash
@@ -39,6 +39,7 @@ from .objective import Objective, objective
 from .trials import Trials
 
 __all__ = ["HeadHunter", "Plan"]
+
 
 WINDOWS = ((0.2, 0.3, 0.4), (0.5, 0.55, 0.6), (0.7, 0.75, 0.8))
 """Parts of the run at which the slopes of each window are taken."""
@@ -130,7 +131,7 @@ class HeadHunter:
             rungs = [ladder(n, self.top_k, pictures, trials.steps, share) for n in sizes]
             cost = sum(rung.cost for one in rungs for rung in one) * trials.passes
         else:
-            cost = sum(self._gradient_cost(trials, r > 0)[1] for r in range(self.rounds))
+            cost = sum(self._gradient_cost(trials, r) for r in range(self.rounds))
         return Plan(len(pool), pictures, cost, full)
 
     def _per_round(self, trials: Trials) -> int:
@@ -138,24 +139,18 @@ class HeadHunter:
         pool = len(self._pool(trials)) - (self.rounds - 1) * self.top_k
         return int(self.budget * pool * len(trials.prompts) * trials.steps)
 
-    def _gradient_cost(self, trials: Trials, guided: bool) -> tuple[Checks, int]:
-        """Return the checks that one round can afford, and its forwards."""
-        pictures, one = len(trials.prompts), trials.steps * trials.passes
-        probes = len({step for window in self._windows(trials) for step in window})
-        slopes = pictures * trials.slope_cost(guided, probes)
-        left = max(0, self._per_round(trials) * trials.passes - slopes) // one
-        sets = len(WINDOWS) + 2
-        each = min(pictures, left // sets)
-        left -= sets * each
-        heads = min(3 * self.top_k, len(self._pool(trials)))
-        scored = each == pictures and left >= heads * pictures and heads > self.top_k
-        checks = Checks(each, heads if scored else 0, pictures if scored else 0)
-        drawn = sets * each + checks.heads * checks.pictures
-        return checks, slopes + drawn * one
+    def _sets(self, trials: Trials, r: int) -> int:
+        """Pictures that each compared set gets in round `r`: what slopes leave of the budget."""
+        allowed = self._per_round(trials) * trials.passes
+        left = allowed - len(trials.prompts) * trials.slope_cost(r > 0, _probed(trials))
+        sets = (len(WINDOWS) + 1) * trials.steps * trials.passes
+        return max(0, min(len(trials.prompts), left // sets))
 
-    def _windows(self, trials: Trials) -> list[tuple[int, ...]]:
-        """Indices of the probed steps, window by window."""
-        return [tuple(sorted({int(part * trials.steps) for part in w})) for w in WINDOWS]
+    def _gradient_cost(self, trials: Trials, r: int) -> int:
+        """Forwards of round `r`."""
+        slopes = len(trials.prompts) * trials.slope_cost(r > 0, _probed(trials))
+        pictures = (len(WINDOWS) + 1) * self._sets(trials, r)
+        return slopes + pictures * trials.steps * trials.passes
 
     def _pool(self, trials: Trials) -> list[Head]:
         selection = trials.sites.select(self.pool, self.guidance.kinds)
@@ -232,16 +227,9 @@ class HeadHunter:
                 trials.score, *common, pictures=len(trials.prompts), steps=trials.steps,
                 budget=self._per_round(trials),
             )  # fmt: skip
-        checks, _ = self._gradient_cost(trials, True)
-        slopes = functools.partial(self._slopes, trials)
-        return gradient(trials.score, slopes, *common, every=trials.pool, checks=checks)
-
-    def _slopes(self, trials: Trials, heads: tuple[Head, ...]) -> Tensor:
-        windows = self._windows(trials)
-        at = sorted({step for window in windows for step in window})
-        found = trials.slopes(heads, range(len(trials.prompts)), at).mean(1)
-        means = [found[[at.index(step) for step in window]].mean(0) for window in windows]
-        return torch.stack(means)
+        slopes = functools.partial(_window_slopes, trials)
+        pictures = functools.partial(self._sets, trials)
+        return gradient(trials.score, slopes, *common, every=trials.pool, pictures=pictures)
 
     def _trials(
         self,
@@ -258,7 +246,8 @@ class HeadHunter:
         trials = Trials(pipe, self.guidance, judge, prompts, seeds, self.batch, call, crew=crew)
         settings = self._facts(trials)
         trials.journal = Journal(path if crew.leads else None, settings)
-        trials.journal.values = crew.same(trials.journal.values)
+        known = (trials.journal.values, trials.journal.forwards)
+        trials.journal.values, trials.journal.forwards = crew.same(known)
         return trials
 
     def _facts(self, trials: Trials) -> dict[str, Any]:
@@ -292,6 +281,23 @@ class HeadHunter:
             rounds=tuple(rounds),
             **facts,
         )
+
+
+def _windows(trials: Trials) -> list[tuple[int, ...]]:
+    """Indices of the probed steps, window by window."""
+    return [tuple(sorted({int(part * trials.steps) for part in window})) for window in WINDOWS]
+
+
+def _probed(trials: Trials) -> tuple[int, ...]:
+    return tuple(sorted({step for window in _windows(trials) for step in window}))
+
+
+def _window_slopes(trials: Trials, heads: tuple[Head, ...]) -> Tensor:
+    """Mean slopes [W, P] of every head in each window, over all pictures."""
+    at = _probed(trials)
+    found = trials.slopes(heads, range(len(trials.prompts)), at).mean(1)
+    rows = [found[[at.index(step) for step in window]].mean(0) for window in _windows(trials)]
+    return torch.stack(rows)
 
 
 def _plain(value: Any) -> bool:

@@ -19,7 +19,7 @@ __all__ = ["Journal"]
 
 
 class Journal:
-    """Numbers by key, in memory and, if it has a path, in a file.
+    """Numbers by key, and the forwards they took, in memory and, with a path, in a file.
 
     Args:
         path: JSON lines file; None for none.
@@ -32,6 +32,7 @@ class Journal:
     def __init__(self, path: Path | None, settings: Mapping[str, Any]) -> None:
         self.path = path
         self.values: dict[str, Any] = {}
+        self.forwards = 0
         settings = json.loads(json.dumps(settings))
         if path is None:
             return
@@ -41,11 +42,12 @@ class Journal:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._append({"settings": settings})
 
-    def add(self, values: Mapping[str, Any]) -> None:
-        """Remember values, on the disk before this returns."""
+    def add(self, values: Mapping[str, Any], forwards: int) -> None:
+        """Remember values and what they cost, on the disk before this returns."""
         self.values.update(values)
+        self.forwards += forwards
         if self.path is not None:
-            self._append({"values": values})
+            self._append({"values": values, "forwards": forwards})
 
     def _append(self, line: Mapping[str, Any]) -> None:
         assert self.path is not None
@@ -63,6 +65,7 @@ class Journal:
             self._check(lines[0].get("settings", {}), settings)
         for line in lines[1:]:
             self.values.update(line.get("values", {}))
+            self.forwards += line.get("forwards", 0)
         if len(whole) < len(data):  # the line that was being written when the search died
             with self.path.open("r+b") as file:
                 file.truncate(len(whole))

@@ -6,8 +6,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,15 +19,18 @@ from attnctl.sites import Sites, sites
 
 from .crew import Crew
 from .encoded import encoded_once
+from .forecast import Enough, Forecast
 from .headset import Head
 from .journal import Journal
 from .objective import Objective
-from .rows import RowStrengths, strengths
-from .slopes import SlopeProbe
+from .rows import RowStrengths, Strengths, strengths
 
 __all__ = ["Candidate", "Trials", "passes_per_step"]
 
 Candidate = tuple[Head, ...]
+T = TypeVar("T")
+BACKWARD = 3
+"""Passes that a look with its backward counts as."""
 
 
 class Job(NamedTuple):
@@ -60,8 +62,6 @@ class Trials:
         journal: the memory of scores.
         crew: the processes that share the drawing.
         tick: called after every batch with the forwards so far.
-        drawn: pictures drawn so far.
-        forwards: denoiser passes of single pictures so far.
     """
 
     pipe: Any
@@ -74,8 +74,6 @@ class Trials:
     journal: Journal = field(default_factory=lambda: Journal(None, {}))
     crew: Crew = field(default_factory=Crew)
     tick: Callable[[int], None] | None = None
-    drawn: int = 0
-    forwards: int = 0
 
     def __post_init__(self) -> None:
         if not self.prompts:
@@ -121,22 +119,11 @@ class Trials:
         jobs = [Job(heads, i, steps or self.steps) for heads in candidates for i in chosen]
         known = self.journal.values
         wanted = [job for job in dict.fromkeys(jobs) if job.key not in known]
-        parts = [wanted[at : at + self.batch] for at in range(0, len(wanted), self.batch)]
-        with encoded_once(self.pipe):
-            for at in range(0, len(parts), self.crew.size):
-                wave = parts[at : at + self.crew.size]
-                scores = chain.from_iterable(self.crew.share(wave, self._draw_and_score))
-                keys = (job.key for part in wave for job in part)
-                self.journal.add(dict(zip(keys, scores, strict=True)))
-                self._count([job for part in wave for job in part])
+        for part, scores in self._shared(wanted, self._draw_and_score):
+            new = {job.key: x for job, x in zip(part, scores, strict=True)}
+            self._note(new, sum(job.steps * self.passes for job in part))
         found = torch.tensor([known[job.key] for job in jobs], dtype=torch.float64)
         return found.view(len(candidates), len(chosen))
-
-    def _count(self, jobs: Sequence[Job]) -> None:
-        self.drawn += len(jobs)
-        self.forwards += sum(job.steps * self.passes for job in jobs)
-        if self.tick is not None:
-            self.tick(self.forwards)
 
     def _draw_and_score(self, part: Sequence[Job]) -> list[float]:
         images = self.draw([j.heads for j in part], [j.picture for j in part], part[0].steps)
@@ -152,7 +139,7 @@ class Trials:
         Args:
             heads: the set that guides the runs and at which slopes are taken.
             pictures: indices of the pictures, m of them.
-            at: indices of the probed steps, T of them.
+            at: indices of the steps with a look, T of them.
 
         Returns:
             [T, m, P] float64 on the CPU, heads in the order of `pool`.
@@ -165,45 +152,65 @@ class Trials:
                 f"objective {self.objective} has no gradients: use the strategy halving or greedy"
             )
         keys = {i: f"slopes {Job(heads, i, self.steps).key} {list(at)}" for i in pictures}
-        wanted = [i for i in pictures if keys[i] not in self.journal.values]
-        parts = [wanted[k : k + self.batch] for k in range(0, len(wanted), self.batch)]
-        work = functools.partial(self._slopes, heads, at)
-        with encoded_once(self.pipe), _without_weight_gradients(self.pipe):
-            for k in range(0, len(parts), self.crew.size):
-                wave = parts[k : k + self.crew.size]
-                found = chain.from_iterable(self.crew.share(wave, work))
-                drawn = [i for part in wave for i in part]
-                self.journal.add({keys[i]: row for i, row in zip(drawn, found, strict=True)})
-                self.forwards += len(drawn) * self.slope_cost(bool(heads), len(at))
-        rows = [self.journal.values[keys[i]] for i in pictures]
+        known = self.journal.values
+        wanted = [i for i in pictures if keys[i] not in known]
+        with _without_weight_gradients(self.pipe):
+            for drawn, found in self._shared(wanted, functools.partial(self._slopes, heads, at)):
+                new = {keys[i]: row for i, row in zip(drawn, found, strict=True)}
+                self._note(new, len(drawn) * self.slope_cost(bool(heads), at))
+        rows = [known[keys[i]] for i in pictures]
         return torch.tensor(rows, dtype=torch.float64).transpose(0, 1)
 
-    def slope_cost(self, guided: bool, probes: int) -> int:
-        """Return the denoiser passes of one probed picture; a backward counts as two."""
+    def slope_cost(self, guided: bool, at: Sequence[int]) -> int:
+        """Return the denoiser passes of one picture with slopes; a backward counts as two."""
         plain = self.passes - 1
-        return self.steps * (plain + guided) + probes * (plain + 3)
+        steps = max(at) + 1
+        # the last look ends the run before it is guided
+        return steps * plain + (steps - 1) * guided + len(at) * BACKWARD
+
+    def _shared(self, things: Sequence[T], work: Any) -> Iterator[tuple[list[T], Any]]:
+        """Do batches together with the crew; yield each with its result."""
+        parts = [list(things[k : k + self.batch]) for k in range(0, len(things), self.batch)]
+        with encoded_once(self.pipe):
+            for k in range(0, len(parts), self.crew.size):
+                wave = parts[k : k + self.crew.size]
+                yield from zip(wave, self.crew.share(wave, work), strict=True)
 
     def _slopes(
         self, heads: Candidate, at: Sequence[int], part: list[int]
     ) -> list[list[list[float]]]:
+        """Slopes [m][T][P]."""
         shapes = {s.index: s.heads for s in self.sites}
-        prompts = [self.prompts[i] for i in part]
-        table = strengths([heads] * len(part), self.guidance.u, self.sites)
-        probe = SlopeProbe(
-            self.guidance,
-            {index: u.to(self.pipe.device) for index, u in table.items()},
-            shapes,
-            at,
-            lambda images: self.objective.score(images, prompts),
-        )
-        noise = [torch.Generator().manual_seed(self.seeds[i]) for i in part]
-        with patch(self.pipe, probe):
-            self._run(prompts, noise, {**self.call, "output_type": "latent"})
-        if len(probe.found) < len(at):
-            raise OptionError(f"no slopes at steps {list(at)} of {self.steps}: no such steps")
-        steps = [torch.cat([probe.found[t][i] for i in sorted(shapes)], dim=1) for t in at]
+        look = self._look(heads, at, part, slopes_at=shapes)
+        steps = [torch.cat([look.slopes[t][i] for i in sorted(shapes)], dim=1) for t in at]
         rows: list[list[list[float]]] = torch.stack(steps, dim=1).double().cpu().tolist()
         return rows
+
+    def _look(self, heads: Candidate, at: Sequence[int], part: list[int], **wanted: Any) -> Any:
+        prompts = [self.prompts[i] for i in part]
+        table = self._table([heads] * len(part)) if heads else {}
+        judge = functools.partial(_judge, self.objective, prompts)
+        look = Forecast(self.guidance, table, at, judge, **wanted)
+        noise = [torch.Generator().manual_seed(self.seeds[i]) for i in part]
+        with patch(self.pipe, look), contextlib.suppress(Enough):
+            self._run(prompts, noise, {**self.call, "output_type": "latent"})
+        if len(look.scores) + len(look.slopes) < len(at):
+            raise OptionError(f"no looks at steps {list(at)} of {self.steps}: no such steps")
+        return look
+
+    def _table(self, sets: Sequence[Candidate]) -> Strengths:
+        made = strengths(sets, self.guidance.u, self.sites)
+        return {index: u.to(self.pipe.device) for index, u in made.items()}
+
+    def _note(self, new: dict[str, Any], forwards: int) -> None:
+        self.journal.add(new, forwards)
+        if self.tick is not None:
+            self.tick(self.forwards)
+
+    @property
+    def forwards(self) -> int:
+        """Denoiser passes of single pictures so far, those of an earlier run included."""
+        return self.journal.forwards
 
     @property
     def pool(self) -> list[Head]:
@@ -221,8 +228,7 @@ class Trials:
         call = {**self.call, "num_inference_steps": steps or self.steps}
         noise = [torch.Generator().manual_seed(self.seeds[i]) for i in pictures]
         prompts = [self.prompts[i] for i in pictures]
-        table = strengths(sets, self.guidance.u, self.sites)
-        table = {index: u.to(self.pipe.device) for index, u in table.items()}
+        table = self._table(sets)
         if table:
             with patch(self.pipe, RowStrengths(self.guidance, table)):
                 out = self._run(prompts, noise, call)
@@ -234,6 +240,10 @@ class Trials:
         call = {"output_type": "pt", **call}
         images: Tensor = self.pipe(prompts, generator=noise, **call).images
         return images
+
+
+def _judge(objective: Objective, prompts: list[str], images: Tensor) -> Tensor:
+    return objective.score(images, prompts)
 
 
 @contextlib.contextmanager
