@@ -156,6 +156,59 @@ def generate(
     draw(Order(prompt, model, tuple(control or ()), options, device, dtype, compare, out), note)
 
 
+_WORDS = (
+    "What to map, separated by commas, such as 'red circle, square#2'; default: each concept of "
+    "the prompt (adjectives and noun)."
+)
+
+
+@app.command()
+def heatmap(
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to draw.")],
+    words: Annotated[list[str] | None, typer.Option(metavar="WORDS", help=_WORDS)] = None,
+    model: Annotated[str, typer.Option(metavar="MODEL", help=_MODEL)] = "tiny-sd",
+    heads: Annotated[
+        str, typer.Option(metavar="SELECTOR", help="Heads that are read, such as L2-3.")
+    ] = "all",
+    control: Annotated[
+        list[str] | None, typer.Option(metavar="NAME[:KEY=VALUE,...]", help=_CONTROL)
+    ] = None,
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed of the noise.")] = 0,
+    steps: Annotated[
+        int | None, typer.Option(metavar="N", help="Steps; default: the model's.")
+    ] = None,
+    guidance_scale: Annotated[
+        float | None,
+        typer.Option(metavar="G", help="Classifier-free guidance; default: the model's."),
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(metavar="TYPE", help="auto, float32, float16 or bfloat16.")
+    ] = "auto",
+    device: Annotated[str, typer.Option(metavar="NAME", help="auto, cpu or cuda.")] = "auto",
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The PNG; default: heatmap-001.png...")
+    ] = None,
+) -> None:
+    """Draw a picture and show where each word of the prompt was attended to."""
+    from .generate import Settings
+    from .heatmap import Wanted
+    from .heatmap import heatmap as run_heatmap
+
+    settings = Settings(seed=seed, steps=steps, guidance_scale=guidance_scale)
+    wanted = Wanted(
+        prompt,
+        tuple(words or ()),
+        model,
+        heads,
+        tuple(control or ()),
+        settings,
+        device,
+        dtype,
+        out,
+    )
+    run_heatmap(wanted, note)
+
+
 @app.command()
 def sites(
     model: Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL)],
@@ -361,6 +414,30 @@ def search_heads(
         scale, strategy, budget, pool, batch, call, device, dtype, journal, dry_run,  # type: ignore[arg-type]
     )  # fmt: skip
     search(order, print)
+
+
+@app.command("show-heads")
+def show_heads(
+    heads: Annotated[Path, typer.Argument(metavar="FILE", help="A head set of search-heads.")],
+    prompt: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="What to draw; default: the search's first.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Default: the search's.")
+    ] = None,
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed of the noise.")] = 0,
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where to.")] = Path("heads"),
+    grid: Annotated[
+        bool, typer.Option("--grid/--no-grid", help="One picture per head (takes longest).")
+    ] = True,
+    batch: Annotated[int, typer.Option(metavar="N", help="Rows per denoiser call.")] = 8,
+) -> None:
+    """Draw what a head set and each single head do, and how the search went."""
+    from .head_pictures import Order, draw_heads
+    from .quiet import hush
+
+    hush(note)
+    draw_heads(Order(heads, prompt, model, seed, out, grid, batch), print)
 
 
 @app.command()

@@ -22,7 +22,15 @@ from .models import load, model_name
 from .pictures import side_by_side, write_png
 from .record import record
 
-__all__ = ["Chosen", "Result", "Settings", "choose", "generate"]
+__all__ = [
+    "Chosen",
+    "Result",
+    "Settings",
+    "call_arguments",
+    "choose",
+    "generate",
+    "recommended",
+]
 
 RECOMMENDED: dict[str, dict[str, Any]] = {
     "tiny-sd": {"steps": 20, "guidance_scale": 5.0},
@@ -129,8 +137,8 @@ def generate(
     if compare and not controls:
         raise OptionError("to compare, give at least one control")
     pipe = load(str(model), device, dtype) if isinstance(model, (str, Path)) else model
-    settings = _recommended(settings or Settings(), model_name(pipe))
-    arguments = _arguments(pipe, prompt, settings)
+    settings = recommended(settings or Settings(), model_name(pipe))
+    arguments = call_arguments(pipe, prompt, settings)
     chosen = tuple(choose(pipe, control) for control in controls)
     images, report = {}, None
     if chosen:
@@ -144,14 +152,24 @@ def generate(
     return Result(images, metadata, chosen, report, captions)
 
 
-def _recommended(settings: Settings, model: str) -> Settings:
+def recommended(settings: Settings, model: str) -> Settings:
+    """Return the settings with what is recommended for a shipped model where they say nothing."""
     values = RECOMMENDED.get(model, {})
     unset = {key: value for key, value in values.items() if getattr(settings, key) is None}
     return dataclasses.replace(settings, **unset)
 
 
-def _arguments(pipe: Any, prompt: str, settings: Settings) -> dict[str, Any]:
-    """Return the pipeline's arguments, with its own defaults written out."""
+def call_arguments(pipe: Any, prompt: str, settings: Settings) -> dict[str, Any]:
+    """Return the pipeline's arguments, with its own defaults written out.
+
+    Args:
+        pipe: the pipeline.
+        prompt: what to draw.
+        settings: how.
+
+    Raises:
+        AttnctlError: if it does not draw pictures from a prompt, or lacks a setting.
+    """
     cls = original_class(pipe)
     known, kind = inspect.signature(cls.__call__).parameters, cls.__name__
     if "prompt" not in known or "num_inference_steps" not in known:

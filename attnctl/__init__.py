@@ -26,11 +26,15 @@ if TYPE_CHECKING:
         SelectorError,
     )
     from .patch import Handle, Report, patch
+    from .processors.analysis import HeatMap, Heatmaps, TokenMaps, heatmaps
     from .processors.guidance import *  # noqa: F403
     from .processors.headhunter import HeadHunter, HeadSet
-    from .records import AttentionCall, ForwardCall, Rows, Site, Spans, Step, StepCall
+    from .processors.sparse import *  # noqa: F403
+    from .processors.vlm import *  # noqa: F403
+    from .records import AttentionCall, ForwardCall, Rows, Site, Spans, Step, StepCall, Tokens
     from .schedule import Schedule, Window
     from .sites import Sites, sites
+    from .words import Concept, Found, Phrase, concepts, find_words
 
 __version__ = "0.1.0"
 
@@ -46,25 +50,41 @@ _PUBLIC = {
         "SelectorError",
     ),
     "patch": ("Handle", "Report", "patch"),
+    "processors.analysis": ("HeatMap", "Heatmaps", "TokenMaps", "heatmaps"),
     "processors.headhunter": ("HeadHunter", "HeadSet"),
-    "records": ("AttentionCall", "ForwardCall", "Rows", "Site", "Spans", "Step", "StepCall"),
+    "records": (
+        "AttentionCall",
+        "ForwardCall",
+        "Rows",
+        "Site",
+        "Spans",
+        "Step",
+        "StepCall",
+        "Tokens",
+    ),
     "schedule": ("Schedule", "Window"),
     "sites": ("Sites", "sites"),
+    "words": ("Concept", "Found", "Phrase", "concepts", "find_words"),
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 __all__ = [
     "AttentionCall",
     "AttnctlError",
     "AttnctlWarning",
+    "Concept",
     "Control",
     "ControlConflict",
     "ForwardCall",
+    "Found",
     "Handle",
     "HeadHunter",
     "HeadSet",
+    "HeatMap",
+    "Heatmaps",
     "HostError",
     "MissingExtra",
     "OptionError",
+    "Phrase",
     "Report",
     "Rows",
     "Schedule",
@@ -74,9 +94,14 @@ __all__ = [
     "Spans",
     "Step",
     "StepCall",
+    "TokenMaps",
+    "Tokens",
     "Window",
+    "concepts",
     "control",
     "controls",
+    "find_words",
+    "heatmaps",
     "patch",
     "register",
     "sites",

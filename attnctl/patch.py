@@ -12,10 +12,10 @@ from torch import nn
 
 from .control import Control
 from .errors import HostError, OptionError
-from .hosts import is_pipeline, targets
+from .hosts import is_language_model, is_pipeline, survey, targets
 from .hosts.denoiser import Binding
-from .hosts.discover import discover
 from .hosts.pipeline import PipelineBinding
+from .hosts.vlm import DecoderBinding
 from .stack import Entry
 
 __all__ = ["Handle", "Report", "ReportLine", "patch"]
@@ -27,10 +27,10 @@ def patch(
     rows: Sequence[str] = ("cond",),
     steps: int = 0,
 ) -> Handle:
-    """Install controls on a pipeline or denoiser.
+    """Install controls on a pipeline, a denoiser or a vision-language model.
 
     Args:
-        target: a diffusers pipeline, or a bare denoiser module.
+        target: a diffusers pipeline, a bare denoiser module, or a model of transformers.
         *controls: the stack, outermost first; it goes inside controls patched earlier.
         rows: for a bare denoiser, the roles of its batch rows in equal groups, such as
             ("uncond", "cond"). Pipelines tell their own.
@@ -63,7 +63,7 @@ def patch(
 def _prepare(
     name: str, module: nn.Module, controls: Sequence[Control], owner: Any
 ) -> tuple[Any, list[nn.Module], list[Entry]]:
-    sites, modules = discover(module, name)
+    sites, modules = survey(module, name)
     entries = []
     for item in controls:
         control = item.resolve(sites)
@@ -85,16 +85,14 @@ class Handle:
         steps: int,
     ) -> None:
         self.target = target
-        self._bindings: list[tuple[Binding, list[Entry]]] = []
+        self._bindings: list[tuple[Binding | DecoderBinding, list[Entry]]] = []
         self._pipeline: PipelineBinding | None = None
         self._installed = True
         try:
             for module, sites, modules, entries in prepared:
-                binding = Binding.attach(module, sites, modules)
-                self._bindings.append((binding, entries))
-                binding.add(entries)
+                self._install(module, sites, modules, entries)
             if owner is not None:
-                named = {b.sites[0].denoiser: b for b, _ in self._bindings}
+                named = {b.sites[0].denoiser: b for b in self._denoisers()}
                 self._pipeline = PipelineBinding.attach(owner, named)
             else:
                 self._set_bare(rows, steps)
@@ -102,11 +100,31 @@ class Handle:
             self.undo()
             raise
 
+    def _install(
+        self, module: nn.Module, sites: Any, modules: list[nn.Module], entries: list[Entry]
+    ) -> None:
+        if is_language_model(module):
+            decoder = DecoderBinding.attach(module, sites, modules)
+            self._bindings.append((decoder, entries))
+            decoder.add(entries, module)
+            return
+        binding = Binding.attach(module, sites, modules)
+        self._bindings.append((binding, entries))
+        binding.add(entries)
+
+    def _denoisers(self) -> list[Binding]:
+        return [b for b, _ in self._bindings if isinstance(b, Binding)]
+
     def _set_bare(self, rows: tuple[str, ...], steps: int) -> None:
-        binding = self._bindings[0][0]
-        binding.bare.fixed, binding.bare.given_steps = rows, steps
-        if self.target is not binding.module:
-            binding.adopt_compiled(self.target)
+        for binding in self._denoisers():
+            binding.bare.fixed, binding.bare.given_steps = rows, steps
+            if self.target is not binding.module:
+                binding.adopt_compiled(self.target)
+        if not self._denoisers() and (rows != ("cond",) or steps):
+            raise OptionError(
+                "rows and steps are for bare denoisers: all rows of a language model are alike, "
+                "and its steps are the tokens it writes"
+            )
 
     @property
     def controls(self) -> tuple[Control, ...]:
@@ -126,9 +144,9 @@ class Handle:
     @contextlib.contextmanager
     def rows(self, *roles: str) -> Iterator[None]:
         """Say which roles the rows of a bare denoiser's calls have inside this block."""
-        if self._pipeline is not None or not self._installed:
+        if self._pipeline is not None or not self._installed or not self._denoisers():
             raise HostError("rows() is for an installed patch of a bare denoiser")
-        bare = self._bindings[0][0].bare
+        bare = self._denoisers()[0].bare
         before, bare.fixed = bare.fixed, tuple(roles)
         try:
             yield
@@ -137,7 +155,7 @@ class Handle:
 
     def reset(self) -> None:
         """Begin a new run on a bare denoiser (it is noticed by itself when noise returns)."""
-        for binding, _ in self._bindings:
+        for binding in self._denoisers():
             bare = binding.bare
             bare.index, bare._last_time = 0, None
             bare.states.clear()

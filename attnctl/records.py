@@ -18,10 +18,23 @@ if TYPE_CHECKING:
     from .hosts.run import Run
     from .stack import Entry
 
-__all__ = ["AttentionCall", "ForwardCall", "Rows", "Site", "Spans", "Step", "StepCall"]
+__all__ = [
+    "AttentionCall",
+    "ForwardCall",
+    "Rows",
+    "Site",
+    "Spans",
+    "Step",
+    "StepCall",
+    "Tokens",
+]
 
 RowSlice = slice
-Kind = Literal["self", "cross", "joint", "text", "linear", "other"]
+Kind = Literal["self", "cross", "joint", "text", "causal", "linear", "other"]
+TOKEN_ROLES = ("image", "text", "question", "answer", "pad")
+"""Roles of tokens: "text" is all that is neither image nor padding, "question" the prompt's
+text after its last image, "answer" (queries) the last token of the prompt and all that were
+written after it, which predict the answer, and (keys) the written ones."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +45,8 @@ class Site:
         index: position in execution order over all sites of the denoiser.
         name: dotted module path, such as "transformer_blocks.3.attn".
         kind: "self" (image or video tokens only), "cross" (image queries, text keys), "joint"
-            (one sequence of image and text), "text" (text refiners), "linear" (no softmax,
-            cannot be controlled) or "other".
+            (one sequence of image and text), "text" (text refiners), "causal" (the decoder of
+            a language model), "linear" (no softmax, cannot be controlled) or "other".
         layer: number of the transformer block, counted over the main blocks in execution
             order; None for refiners and second self-attentions, which go by name only.
         heads: query heads.
@@ -125,6 +138,47 @@ class Step:
         return self.sigma_of()
 
 
+class Tokens:
+    """Roles of the tokens of one attention call, as masks; each is made when first asked for.
+
+    Args:
+        queries: returns the mask [B, Nq] of a role.
+        keys: returns the mask [B, Nk] of a role.
+    """
+
+    def __init__(self, queries: Callable[[str], Tensor], keys: Callable[[str], Tensor]) -> None:
+        self._of = {"queries": queries, "keys": keys}
+        self._made: dict[tuple[str, str], Tensor] = {}
+
+    def queries(self, role: str) -> Tensor:
+        """Return the queries of a role, bool [B, Nq]."""
+        return self._mask("queries", role)
+
+    def keys(self, role: str) -> Tensor:
+        """Return the keys of a role, bool [B, Nk]."""
+        return self._mask("keys", role)
+
+    def columns(self, role: str) -> Tensor:
+        """Return the numbers [n] of the queries that have the role in some row."""
+        if ("columns", role) not in self._made:
+            columns = self.queries(role).any(dim=0).nonzero()[:, 0]
+            self._made["columns", role] = columns
+        return self._made["columns", role]
+
+    def at(self, columns: Tensor) -> Tokens:
+        """Return the roles for some of the queries, by number [n]."""
+        return Tokens(lambda role: self.queries(role)[:, columns], self.keys)
+
+    def _mask(self, side: str, role: str) -> Tensor:
+        if role not in TOKEN_ROLES:
+            from .errors import HostError
+
+            raise HostError(f"there is no role {role!r} of tokens: {', '.join(TOKEN_ROLES)}")
+        if (side, role) not in self._made:
+            self._made[side, role] = self._of[side](role)
+        return self._made[side, role]
+
+
 @dataclass(frozen=True)
 class Spans:
     """Which tokens of an attention call are what.
@@ -133,19 +187,32 @@ class Spans:
         q: (role, start, stop) of the queries; roles "image", "ref", "text", "ip".
         k: the same of the keys.
         grid: (frames, height, width) of the "image" tokens, row-major; None if unknown.
+        tokens: roles row by row, as masks; of language models only, whose rows differ, so
+            that they have no slices.
     """
 
     q: tuple[tuple[str, int, int], ...]
     k: tuple[tuple[str, int, int], ...]
     grid: tuple[int, int, int] | None = None
+    tokens: Tokens | None = field(default=None, compare=False, repr=False)
 
     def queries(self, role: str) -> slice | None:
         """Return the slice of query tokens with this role, None if there are none."""
-        return _find(self.q, role)
+        return self._slice(self.q, role)
 
     def keys(self, role: str) -> slice | None:
         """Return the slice of key tokens with this role, None if there are none."""
-        return _find(self.k, role)
+        return self._slice(self.k, role)
+
+    def _slice(self, spans: tuple[tuple[str, int, int], ...], role: str) -> slice | None:
+        if self.tokens is not None:
+            from .errors import HostError
+
+            raise HostError(
+                "the rows of a language model's batch hold their tokens at different places, so "
+                f"there is no slice of {role!r}: ask spans.tokens for a mask"
+            )
+        return _find(spans, role)
 
 
 def _find(spans: tuple[tuple[str, int, int], ...], role: str) -> slice | None:
@@ -266,6 +333,34 @@ class AttentionCall:
             q, k, v = q[:, heads], k[:, shared], v[:, shared]
         mask = _take_mask(self.mask, rows, heads, self.q.shape)
         return _changed(self, q=q, k=k, v=v, mask=mask, rest=())
+
+    def queries_at(self, columns: Tensor) -> AttentionCall:
+        """Return a call on some of the queries, which goes through the rest of the stack too.
+
+        Args:
+            columns: numbers [n] of the queries. A causal call gets a mask that says so.
+
+        Raises:
+            HostError: if the tokens have slices and not masks (denoisers).
+        """
+        outer, mask = self.spans.tokens, self.mask
+        if outer is None:
+            from .errors import HostError
+
+            raise HostError("queries_at is for the decoders of language models")
+        tokens = outer.at(columns)
+        if mask is None and self.is_causal:
+            seen = torch.arange(self.k.shape[2], device=self.q.device)
+            mask = (seen <= columns[:, None])[None, None]
+        elif mask is not None and mask.shape[-2] > 1:
+            mask = mask[..., columns, :]
+        return _changed(
+            self,
+            q=self.q[:, :, columns],
+            mask=mask,
+            is_causal=False,
+            spans_of=lambda call: Spans((), (), tokens=tokens),
+        )
 
     def repeat_kv(self, x: Tensor) -> Tensor:
         """Return keys or values [B, Hkv, N, D] with one head per query head [B, H, N, D]."""

@@ -11,7 +11,7 @@ tokens that begin with "!" are taken away afterwards.
 contains these whole components (`blocks.1` never matches `blocks.10`) |
 | `down`, `mid`, `up` | the UNet parts |
 | `d2`, `m0`, `u0.4-9` | UNet part, block, and transformer layers within it |
-| `self`, `cross`, `joint` | by kind |
+| `self`, `cross`, `joint`, `causal` | by kind |
 | any of the name forms followed by `:H0-3` | only these heads |
 """
 
@@ -36,7 +36,7 @@ _LAYER = re.compile(rf"(?:L{_RANGE})?(?:H{_RANGE})?")
 _UNET = re.compile(rf"([dmu]){_RANGE}(?:\.{_RANGE})?")
 _PARTS = {"down": "down_blocks", "mid": "mid_block", "up": "up_blocks"}
 _UNET_PARTS = {"d": "down_blocks", "m": "mid_block", "u": "up_blocks"}
-_KINDS = ("self", "cross", "joint", "text", "linear", "other")
+_KINDS = ("self", "cross", "joint", "text", "causal", "linear", "other")
 
 
 def select(
@@ -57,7 +57,7 @@ def select(
         have = sorted({s.kind for s in sites})
         raise SelectorError(
             f"this control acts on {'/'.join(kinds)} attention, "
-            f"but the model has only {'/'.join(have)} sites"
+            f"but the model has only {'/'.join(have)} sites{_which(kinds, have)}"
         )
     tokens = _tokens(spec)
     if not tokens:
@@ -74,6 +74,15 @@ def select(
     if not chosen:
         raise SelectorError(f"the selector {spec!r} takes away everything that it selects")
     return chosen
+
+
+def _which(kinds: Sequence[str], have: Sequence[str]) -> str:
+    """Say which library's models a control is for, where it met one of the other."""
+    if "causal" not in kinds and "causal" in have:
+        return ": it is for diffusion models, and this is a language model's decoder"
+    if set(kinds) == {"causal"}:
+        return ": it is for vision-language models, and this is a diffusion model"
+    return ""
 
 
 def _tokens(spec: str | Iterable[str | tuple[int, int]]) -> list[str]:

@@ -17,7 +17,7 @@ class Sites(list[Site]):
     def select(
         self,
         spec: str | Iterable[str | tuple[int, int]] = "all",
-        kinds: Iterable[str] = ("self", "cross", "joint", "text", "other"),
+        kinds: Iterable[str] = ("self", "cross", "joint", "text", "causal", "other"),
     ) -> Selection:
         """Return the heads that a selector names (grammar: `attnctl.selectors`)."""
         return select(spec, self, tuple(kinds))
@@ -41,10 +41,10 @@ class Sites(list[Site]):
 
 
 def sites(target: Any) -> Sites:
-    """List the attention sites of a pipeline or denoiser.
+    """List the attention sites of a pipeline, denoiser or vision-language model.
 
     Args:
-        target: a diffusers pipeline or denoiser module.
+        target: a diffusers pipeline or denoiser module, or a model of transformers.
 
     Raises:
         HostError: if it has none, or is of a type that cannot be patched.

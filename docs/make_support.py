@@ -53,6 +53,8 @@ modules are built like those of diffusers; `attnctl.sites(pipe)` shows what is f
   `seg` blurs with an infinite `sigma` only, and a joint sequence has no named image and text
   tokens.
 
+`radial` drops attention between distant frames; it is listed for videos only.
+
 Limits of single models stand [among the questions](faq.md#what-does-not-work-yet).
 """
 REFUSED = """
@@ -96,6 +98,8 @@ def examine(name: str) -> Entry:
     pipe = family.build()
     kinds = {site.kind for site in attnctl.sites(pipe)} - {"text"}
     able = {k: c for k, c in attnctl.controls().items() if kinds & set(c.kinds)}
+    if "num_frames" not in family.fixed:
+        able.pop("radial", None)
     probe = Probe()
     refused = try_controls(pipe, able, name, probe)
     return Entry(
@@ -135,8 +139,11 @@ def try_controls(
         AssertionError: if one was installed and not reached.
     """
     stack = [make(cls, name) for cls in able.values()]
+    stack.sort(key=lambda control: control.replaces_softmax)
     try:
-        with attnctl.patch(pipe, probe, *stack) as handle:
+        with warnings.catch_warnings(), attnctl.patch(pipe, probe, *stack) as handle:
+            # these clips are short
+            warnings.filterwarnings("ignore", "radial keeps every block")
             zoo.run(pipe, batch=1, steps=2)
     except AttnctlError as error:
         if len(able) == 1:
@@ -153,6 +160,8 @@ def make(cls: type[attnctl.Control], name: str) -> attnctl.Control:
     """Return a control that acts at every step."""
     if cls.name == "nag":
         return cls(start=0.0, stop=1.0, negative=negative(name))
+    if cls.name == "radial":
+        return cls(start=0.0, stop=1.0, dense_layers=0, block=32)
     return cls(start=0.0, stop=1.0)
 
 
@@ -182,8 +191,13 @@ def row(entry: Entry) -> list[str]:
     ]
 
 
+def for_diffusion() -> list[str]:
+    """Return the controls that act on some kind of attention of a diffusion model."""
+    return [key for key, cls in attnctl.controls().items() if set(cls.kinds) & set(ORDER)]
+
+
 def _controls(works: tuple[str, ...]) -> str:
-    others = [key for key in attnctl.controls() if key not in works]
+    others = [key for key in for_diffusion() if key not in works]
     if len(others) < len(works):
         return f"all but {', '.join(others)}" if others else "all"
     return ", ".join(works) or "none yet"
@@ -196,7 +210,7 @@ def page() -> str:
         FamilyUnavailable: if it lacks a family of the table.
     """
     entries = [examine(name) for name in zoo.FAMILIES]
-    controls = ", ".join(f"`{key}`" for key in attnctl.controls())
+    controls = ", ".join(f"`{key}`" for key in for_diffusion())
     lines = [INTRO.format(controls=controls), _line(HEAD), _line(["---"] * len(HEAD))]
     lines += [_line(row(entry)) for entry in entries]
     lines.append(REFUSED)

@@ -1,5 +1,12 @@
 """Attention primitives: one operation per folder, a reference for any device in each."""
 
+from .block_sparse import BlockMask, block_sparse_attention, block_sparse_backend
 from .lse import attention_with_lse, merge_attention
 
-__all__ = ["attention_with_lse", "merge_attention"]
+__all__ = [
+    "BlockMask",
+    "attention_with_lse",
+    "block_sparse_attention",
+    "block_sparse_backend",
+    "merge_attention",
+]

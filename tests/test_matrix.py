@@ -243,6 +243,7 @@ def test_half_precision(name: str, dtype: torch.dtype) -> None:
     assert (out.float() - exact).norm() / exact.norm() < 0.1
 
 
+@pytest.mark.filterwarnings("ignore:radial keeps every block")  # of some clips as short as these
 @pytest.mark.parametrize("name", EVERY)
 def test_all_controls_at_once(name: str) -> None:
     """The whole stack runs on every family that admits its sites, and undoes exactly."""
@@ -254,17 +255,34 @@ def test_all_controls_at_once(name: str) -> None:
         "pladis": {"lam": 1.5},
         "nag": {"negative": negative_of(pipe)},
         "slg": {"scale": 0.3, "start": 0.0, "stop": 1.0},
+        "radial": {"block": 32, "dense_layers": 0, "start": 0.0},
     }
+    refused = {"nag"} if name == "mochi" else set()
+    if "num_frames" not in zoo.FAMILIES[name].fixed:
+        refused.add("radial")
     stack = []
     for key, cls in attnctl.controls().items():
-        if kinds & set(cls.kinds) and not (name == "mochi" and key == "nag"):
+        if kinds & set(cls.kinds) and key not in refused:
             stack.append(cls(**mild.get(key, {"scale": 0.3})))
+    stack.sort(key=lambda control: control.replaces_softmax)
     with attnctl.patch(pipe, *stack) as handle:
         out = zoo.run(pipe, **options)
         hit = {line.control.name for line in handle.report().lines if line.calls}
     assert torch.isfinite(out).all() and not torch.equal(out, before)
     assert hit == {c.name for c in stack}
     assert torch.equal(zoo.run(pipe, **options), before)
+
+
+@pytest.mark.parametrize("name", ["sd1", "sd3", "sana", "wan"])
+def test_controls_without_a_site_are_refused(name: str) -> None:
+    """Those for other kinds of attention, and those for language models, everywhere."""
+    pipe = built(name)
+    kinds = {s.kind for s in attnctl.sites(pipe)}
+    others = [c for c in attnctl.controls().values() if not kinds & set(c.kinds)]
+    assert "pai" in {cls.name for cls in others}
+    for cls in others:
+        with pytest.raises(attnctl.SelectorError, match=f"acts on {'/'.join(cls.kinds)}"):
+            attnctl.patch(pipe, cls())
 
 
 def test_nag_says_that_mochi_attends_to_one_row_at_a_time() -> None:

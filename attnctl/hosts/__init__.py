@@ -10,8 +10,9 @@ from ..errors import HostError
 from ..sites import Sites
 from .discover import discover
 from .pipeline import denoisers
+from .vlm_discover import discover_decoder, is_language_model
 
-__all__ = ["find_sites", "is_pipeline", "targets"]
+__all__ = ["find_sites", "is_language_model", "is_pipeline", "survey", "targets"]
 
 
 def is_pipeline(target: Any) -> bool:
@@ -20,7 +21,7 @@ def is_pipeline(target: Any) -> bool:
 
 
 def targets(target: Any) -> dict[str, nn.Module]:
-    """Return the denoisers of a target by name, out of their compiled wrappers.
+    """Return the models of a target by name, out of their compiled wrappers.
 
     Raises:
         HostError: if the target is neither a pipeline nor a module.
@@ -31,12 +32,22 @@ def targets(target: Any) -> dict[str, nn.Module]:
         found = denoisers(target)
     else:
         raise HostError(
-            f"cannot patch a {type(target).__name__}: expected a diffusers pipeline or a "
-            "denoiser module (pipe.unet, pipe.transformer)"
+            f"cannot patch a {type(target).__name__}: expected a diffusers pipeline, a "
+            "denoiser module (pipe.unet, pipe.transformer) or a model of transformers"
         )
     return {name: getattr(m, "_orig_mod", m) for name, m in found.items()}
 
 
+def survey(module: nn.Module, name: str = "model") -> tuple[Sites, list[nn.Module]]:
+    """Return the sites of a denoiser or language model in execution order, and their modules.
+
+    Raises:
+        HostError: if it has none that can be controlled.
+    """
+    find = discover_decoder if is_language_model(module) else discover
+    return find(module, name)
+
+
 def find_sites(target: Any) -> Sites:
-    """Return the sites of every denoiser of a target, one after the other."""
-    return Sites(s for name, m in targets(target).items() for s in discover(m, name)[0])
+    """Return the sites of every model of a target, one after the other."""
+    return Sites(s for name, m in targets(target).items() for s in survey(m, name)[0])

@@ -113,12 +113,11 @@ def _list(names: list[str]) -> str:
 
 def _structure(target: Any) -> tuple[str, int, int]:
     """Return (denoiser class, numbered blocks, heads of the first)."""
-    from ..hosts import targets
+    from ..hosts import survey, targets
     from ..hosts.adopt import original_class
-    from ..hosts.discover import discover
 
     name, module = next(iter(targets(target).items()))
-    sites, _ = discover(module, name)
+    sites, _ = survey(module, name)
     numbered = [s for s in sites if s.layer is not None]
     layers = 1 + max((s.layer for s in numbered if s.layer is not None), default=-1)
     return original_class(module).__name__, layers, numbered[0].heads if numbered else 0

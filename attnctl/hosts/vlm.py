@@ -1,0 +1,366 @@
+"""Language models of transformers: one binding per patched decoder, one `Forward` per call.
+
+The decoder's call says how many tokens are read and which cache they go into; the call of the
+whole model around it (and `generate` around that) says which tokens they are.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import HostError
+from ..records import AttentionCall, Rows, Spans, Step, Tokens
+from ..sites import Sites
+from ..stack import Entry, check_conflicts
+from .adopt import Uncopied, adopt, original_class, release
+from .vlm_discover import decoder_of
+from .vlm_tap import DecoderSite, hook_site, primitive, stock_attention, unhook_site
+from .vlm_tokens import Sequence, image_ids, label, tokens_of
+
+__all__ = ["DecoderBinding"]
+
+SLOT = "_attnctl"
+"""Where a decoder keeps its binding, and a cache what is known of its tokens."""
+
+
+@dataclass(eq=False)
+class _Given:
+    """Token ids [B, N], padding mask [B, N] and image ids of a call of the whole model."""
+
+    ids: Tensor | None
+    mask: Tensor | None
+    images: tuple[int, ...]
+    sequence: Sequence | None = None  # of a generation without a cache
+
+    @classmethod
+    def to(cls, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Given:
+        ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+        mask = kwargs.get("attention_mask")
+        flat = isinstance(mask, Tensor) and mask.ndim == 2
+        found = image_ids(model.config)
+        return cls(ids if _are_ids(ids) else None, mask if flat else None, found)
+
+    def labels(self, rows: int, n: int) -> Tensor | None:
+        """Return the labels of the last n tokens, None if these are not all ids."""
+        if self.ids is None or self.ids.shape[1] != n or rows % self.ids.shape[0]:
+            return None
+        mask = None if self.mask is None else self.mask[:, -n:]
+        found = label(self.ids, mask, self.images)
+        return found.repeat_interleave(rows // found.shape[0], dim=0)
+
+
+def _are_ids(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim == 2 and not value.is_floating_point()
+
+
+class _Local(threading.local):
+    """What this thread is doing."""
+
+    forward: Forward | None = None
+    model: _Given | None = None  # call of the whole model under way
+    generation: _Given | None = None  # generate call under way
+
+
+LOCAL = _Local()
+
+
+class ModelCalls:
+    """Mixin put in front of the whole model's class: notes the token ids.
+
+    Compiled code breaks here and runs the patched model eagerly.
+    """
+
+    @torch.compiler.disable
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        stock = super().__call__  # type: ignore[misc]
+        before = LOCAL.model
+        if before is None:  # the outermost call knows most
+            LOCAL.model = _Given.to(self, args, kwargs)
+        try:
+            return stock(*args, **kwargs)
+        finally:
+            LOCAL.model = before
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Note the prompt."""
+        before = LOCAL.generation
+        LOCAL.generation = _Given.to(self, args, kwargs)
+        try:
+            return super().generate(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            LOCAL.generation = before
+
+
+class DecoderCalls:
+    """Mixin put in front of the decoder's class while it is patched."""
+
+    @torch.compiler.disable
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        stock = super().__call__  # type: ignore[misc]
+        binding = self.__dict__.get(SLOT)
+        return stock(*args, **kwargs) if binding is None else binding.call(stock, args, kwargs)
+
+
+class DecoderBinding(Uncopied):
+    """Everything attnctl holds on one decoder: its class, its sites and the stack.
+
+    Args:
+        decoder: the module that holds the layers.
+        sites: its attention sites.
+        modules: the attention modules by site index.
+    """
+
+    def __init__(self, decoder: nn.Module, sites: Sites, modules: list[nn.Module]) -> None:
+        self.module = decoder
+        self.sites = sites
+        self.modules = modules
+        cls: Any = original_class(decoder)
+        self.signature = inspect.signature(cls.forward)
+        self.entries: list[Entry] = []
+        self.hooked: set[int] = set()
+        self.around: list[tuple[weakref.ref[Any], list[Entry]]] = []
+
+    @classmethod
+    def attach(cls, model: nn.Module, sites: Sites, modules: list[nn.Module]) -> DecoderBinding:
+        """Return the binding of a model's decoder, made if there is none."""
+        decoder = decoder_of(model)
+        binding = decoder.__dict__.get(SLOT)
+        if binding is None:
+            binding = decoder.__dict__[SLOT] = cls(decoder, sites, modules)
+            adopt(decoder, DecoderCalls)
+        made: DecoderBinding = binding
+        return made
+
+    def add(self, entries: list[Entry], model: nn.Module | None = None) -> None:
+        """Install entries below those already there.
+
+        Args:
+            entries: the entries.
+            model: the whole model that they were installed through.
+
+        Raises:
+            ControlConflict: if the stack cannot work; nothing is changed then.
+            HostError: if a control works on other planes than attention; nothing is changed.
+        """
+        check_conflicts([*self.entries, *entries])
+        for entry in entries:
+            _check_planes(entry)
+        for module in self.modules:
+            stock_attention(module)
+        self.entries += entries
+        if model is not None and model is not self.module:
+            adopt(model, ModelCalls)
+            self.around.append((weakref.ref(model), entries))
+        self._rehook()
+
+    def remove(self, entries: list[Entry]) -> None:
+        """Take entries out; the last one restores the decoder exactly."""
+        self.entries = [e for e in self.entries if e not in entries]
+        self._rehook()
+        for ref, mine in [item for item in self.around if item[1] is entries]:
+            self.around.remove((ref, mine))
+            model = ref()
+            if model is not None:
+                release(model)
+        if not self.entries and self.module.__dict__.pop(SLOT, None) is not None:
+            release(self.module)
+
+    def _rehook(self) -> None:
+        acting = [e for e in self.entries if not e.control.neutral]
+        wanted = {index for entry in acting for index in entry.selection}
+        for index in self.hooked - wanted:
+            unhook_site(self.modules[index])
+            self.hooked.discard(index)
+        for index in wanted - self.hooked:
+            hook_site(self.modules[index], DecoderSite(self, index))
+            self.hooked.add(index)
+
+    # -- calls ---------------------------------------------------------------------------
+
+    def call(self, stock: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Run one call of the decoder; `stock` is the unpatched call."""
+        if not any(not e.control.neutral for e in self.entries):
+            return stock(*args, **kwargs)
+        bound = self.signature.bind(None, *args, **kwargs).arguments
+        forward = self._forward({**bound, **bound.get("kwargs", {})})
+        before, LOCAL.forward = LOCAL.forward, forward
+        try:
+            out = stock(*args, **kwargs)
+        finally:
+            LOCAL.forward = before
+        made = getattr(out, "past_key_values", None)
+        if hasattr(made, "get_seq_length"):  # made inside the decoder: goes on in the next call
+            made.__dict__[SLOT] = forward.sequence
+        for entry in forward.active:
+            if not entry.calls:
+                entry.warn_untouched()
+        return out
+
+    def _forward(self, inputs: dict[str, Any]) -> Forward:
+        """Return what this call of the decoder reads, and where it stands."""
+        given, cache = inputs.get("inputs_embeds"), inputs.get("past_key_values")
+        if given is None:
+            given = inputs["input_ids"]
+        rows, n = given.shape[:2]
+        past = _past(cache, inputs.get("cache_position"))
+        sequence = _sequence(cache, past, n)
+        if past == 0 or n > 1 or sequence.labels is None:
+            _read(sequence, inputs, rows, n, past)
+        sequence.seen = past + n
+        step = Step(sequence.steps, 0)
+        sequence.steps += 1
+        active = [e for e in self.entries if e.active(step)]
+        for entry in active:
+            entry.steps.add(step.index)
+        return Forward(self, sequence, step, active, Rows(("cond",), rows), past)
+
+    def attend(
+        self, site: int, module: nn.Module, call: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Run the stack of one site; see `vlm_tap._attend`."""
+        forward = LOCAL.forward
+        if forward is None or forward.binding is not self:
+            name = original_class(self.module).__name__
+            raise HostError(
+                f"attention of this {name} was called past the patch: its forward directly, one "
+                "of its layers, or a checkpointed layer in the backward pass. Call the model "
+                "itself, without gradient checkpointing"
+            )
+        return forward.attend(site, module, call, kwargs)
+
+
+def _check_planes(entry: Entry) -> None:
+    for plane in ("denoise", "between"):
+        if type(entry.control).plane(plane):
+            raise HostError(
+                f"{entry.control} works on the {plane!r} plane of a diffusion model; a language "
+                "model has the attention plane only"
+            )
+
+
+def _past(cache: Any, positions: Tensor | None) -> int:
+    """Return how many tokens a cache holds.
+
+    transformers 4 passes the positions of the new ones, and its static caches leave padding
+    out of their count.
+    """
+    if cache is None:
+        return 0
+    return int(cache.get_seq_length() if positions is None else positions[0])
+
+
+def _sequence(cache: Any, past: int, n: int) -> Sequence:
+    """Return what is known of the sequences that a call goes on with; new for a new prompt."""
+    generation = LOCAL.generation
+    if cache is None:
+        known = None if generation is None else generation.sequence
+        if known is None or n <= known.seen:
+            known = Sequence()
+            if generation is not None:
+                generation.sequence = known
+        return known
+    known = cache.__dict__.get(SLOT)
+    if known is None or past == 0:
+        known = cache.__dict__[SLOT] = Sequence()
+    found: Sequence = known
+    return found
+
+
+def _read(sequence: Sequence, inputs: dict[str, Any], rows: int, n: int, past: int) -> None:
+    """Label the tokens of a prompt, or of more of it."""
+    generation = LOCAL.generation
+    ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+    flat = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+    own = _Given(ids, flat, () if LOCAL.model is None else LOCAL.model.images)
+    if LOCAL.model is not None and LOCAL.model.ids is not None:
+        own = LOCAL.model
+    labels = own.labels(rows, n)
+    whole = generation is not None and generation.ids is not None
+    if whole and sequence.labels is not None and past >= generation.ids.shape[1]:  # type: ignore[union-attr]
+        return  # several tokens of the answer at once
+    if whole and _begins(generation, own, past, n):
+        assert generation is not None and generation.ids is not None
+        sequence.prompt = generation.ids.shape[1]
+        known = generation.labels(rows, sequence.prompt)
+        if known is not None:
+            sequence.read(known, 0, sequence.prompt)
+        return
+    sequence.read(labels, past, n)
+    sequence.prompt = past + n
+
+
+def _begins(generation: Any, own: _Given, past: int, n: int) -> bool:
+    """Whether a call reads the prompt of the generation under way, or goes on with it.
+
+    A second stream (guidance, an own cache) may read something else.
+    """
+    if past:
+        return past + n <= generation.ids.shape[1] or n == 1
+    if own.ids is None:
+        return n == generation.ids.shape[1]  # embeddings made outside the decoder
+    rows, most = generation.ids.shape[0], min(n, generation.ids.shape[1])
+    if own.ids.shape[0] % rows:
+        return False
+    repeated = generation.ids.repeat_interleave(own.ids.shape[0] // rows, dim=0)
+    return torch.equal(own.ids[:, :most], repeated[:, :most])
+
+
+@dataclass(eq=False)
+class Forward:
+    """One call of a decoder that some controls take part in.
+
+    Args:
+        binding: the decoder's binding.
+        sequence: what is known of its tokens.
+        step: number of this forward since the prompt.
+        active: entries that act, outermost first.
+        rows: roles of the batch rows: all "cond".
+        past: tokens in the cache before this forward.
+    """
+
+    binding: DecoderBinding
+    sequence: Sequence
+    step: Step
+    active: list[Entry]
+    rows: Rows
+    past: int
+    known: dict[Any, Spans] = field(default_factory=dict)
+
+    def attend(
+        self, site: int, module: nn.Module, call: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Run the attention plane of one site."""
+        q, k, v, mask = call
+        rest = tuple(e for e in self.active if e.wants(site, self.rows))
+        if not rest:
+            out: tuple[Tensor, Tensor | None] = stock_attention(module)(module, *call, **kwargs)
+            return out
+        base, causal = primitive(module, mask, kwargs)
+        causal, grouped = causal and q.shape[2] > 1, q.shape[1] != k.shape[1]
+        made = AttentionCall(
+            q, k, v, mask, kwargs.get("scaling"), causal, grouped,
+            site=self.binding.sites[site],
+            rows=self.rows,
+            step=self.step,
+            index=0,
+            spans_of=self._spans,
+            base=base,
+            rest=rest,
+            run=self.sequence.run,
+        ).proceed()  # fmt: skip
+        return made.transpose(1, 2).contiguous(), None
+
+    def _spans(self, call: AttentionCall) -> Spans:
+        nq, nk, device = call.q.shape[2], call.k.shape[2], call.q.device
+        if (nq, nk, device) not in self.known:
+            tokens: Tokens = tokens_of(self.sequence, self.past, call.q.shape[0], nq, nk, device)
+            self.known[nq, nk, device] = Spans((), (), tokens=tokens)
+        return self.known[nq, nk, device]

@@ -1,0 +1,176 @@
+"""The interception point in transformers: a controlled module looks up our attention function.
+
+Every decoder attention asks `ALL_ATTENTION_FUNCTIONS` for the function that its own
+`config._attn_implementation` names. A controlled module sees its config through a view in
+which that name is ours; the model, its masks and all other modules go on with the real one, so
+the model stays on its fast attention and nothing of the config is changed.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor
+
+from ..errors import HostError
+from .adopt import Uncopied, adopt, release
+from .vlm_discover import attention_forward
+
+if TYPE_CHECKING:
+    from .vlm import DecoderBinding
+
+__all__ = ["NAME", "DecoderSite", "hook_site", "primitive", "stock_attention", "unhook_site"]
+
+NAME = "attnctl"
+"""Our entry in transformers' attention interface."""
+
+_FAST = ("sdpa", "eager")
+_REF = "_attnctl_ref"
+
+
+class DecoderSite(Uncopied):
+    """Says which site of which binding a module is."""
+
+    def __init__(self, binding: DecoderBinding, index: int) -> None:
+        self.binding = weakref.ref(binding)
+        self.index = index
+
+
+class _ConfigView:
+    """A config in which the attention implementation is ours."""
+
+    _attn_implementation = NAME
+
+    def __init__(self, config: Any) -> None:
+        self._attnctl_config = config
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._attnctl_config, name)
+
+
+class ConfigOfSite:
+    """Mixin put in front of an attention module's class while its site is controlled."""
+
+    @property
+    def config(self) -> Any:
+        """The module's config, seen through the view."""
+        return _ConfigView(self.__dict__["config"])
+
+    @config.setter
+    def config(self, value: Any) -> None:
+        self.__dict__["config"] = value
+
+
+def hook_site(module: torch.nn.Module, ref: DecoderSite) -> None:
+    """Let a module's attention go through `ref`.
+
+    Raises:
+        HostError: if the module is a site of another patched decoder, or if its attention
+            implementation takes no mask.
+    """
+    if _REF in module.__dict__:
+        raise HostError(
+            f"this {type(module).__name__} is already a site of another patched decoder that "
+            "contains it; undo the other patch first"
+        )
+    _register()
+    stock_attention(module)
+    module.__dict__[_REF] = ref
+    adopt(module, ConfigOfSite)
+
+
+def unhook_site(module: torch.nn.Module) -> None:
+    """Take back what `hook_site` did; nothing is left on the module."""
+    release(module)
+    module.__dict__.pop(_REF, None)
+
+
+def _register() -> None:
+    """Make our name known to transformers; without a patch nobody asks for it."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    if NAME not in ALL_ATTENTION_FUNCTIONS.valid_keys():
+        ALL_ATTENTION_FUNCTIONS.register(NAME, _attend)
+
+
+def stock_attention(module: torch.nn.Module) -> Callable[..., Any]:
+    """Return the attention function that the module uses without us.
+
+    Raises:
+        HostError: if it is one whose masks a control cannot read.
+    """
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    name = module.__dict__["config"]._attn_implementation
+    if name not in _FAST:
+        raise HostError(
+            f"this decoder's attention is {name!r}; controls can act on {' and '.join(_FAST)}: "
+            "call model.set_attn_implementation('sdpa') first"
+        )
+    if name == "eager":
+        stock: Callable[..., Any] = attention_forward(module).__globals__[
+            "eager_attention_forward"
+        ]
+        return stock
+    found: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS[name]
+    return found
+
+
+def _attend(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Our entry of the interface: q [B, H, N, D], k and v [B, Hkv, Nk, D], out [B, N, H, D]."""
+    ref = module.__dict__.get(_REF)
+    binding = None if ref is None else ref.binding()
+    if ref is None or binding is None:
+        if (
+            "config" not in module.__dict__
+            or module.__dict__["config"]._attn_implementation == NAME
+        ):
+            raise HostError(
+                f"{NAME!r} is no attention implementation to choose; call attnctl.patch(model, "
+                "...) on a model with 'sdpa' or 'eager'"
+            )
+        return stock_attention(module)(module, query, key, value, attention_mask, **kwargs)
+    return binding.attend(ref.index, module, (query, key, value, attention_mask), kwargs)
+
+
+def primitive(
+    module: Any, mask: Tensor | None, kwargs: dict[str, Any]
+) -> tuple[Callable[..., Tensor], bool]:
+    """Return the module's own attention as the `base` of a call, and its `is_causal`.
+
+    Args:
+        module: the attention module.
+        mask: the mask that the model gave.
+        kwargs: what else the model gave.
+    """
+    stock, groups = stock_attention(module), getattr(module, "num_key_value_groups", 1)
+    eager = module.__dict__["config"]._attn_implementation == "eager"
+    asked = kwargs.get("is_causal")
+    causal = bool(getattr(module, "is_causal", True) if asked is None else asked)
+    causal = causal and mask is None and not eager
+
+    def base(q: Tensor, k: Tensor, v: Tensor, m: Any, s: Any, c: bool, gqa: bool) -> Tensor:
+        if q.shape[1] != k.shape[1] * groups:  # some of the heads
+            return functional.scaled_dot_product_attention(
+                q, k, v, m, 0.0, c, scale=s, enable_gqa=gqa
+            )
+        given = {**kwargs, "scaling": s}
+        if m is not mask or c != causal:
+            given["is_causal"] = c
+        if eager and m is not None and m.dtype == torch.bool:
+            m = torch.zeros_like(m, dtype=q.dtype).masked_fill(~m, torch.finfo(q.dtype).min)
+        out: Tensor = stock(module, q, k, v, m, **given)[0]
+        return out.transpose(1, 2)
+
+    return base, causal

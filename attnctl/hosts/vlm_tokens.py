@@ -1,0 +1,153 @@
+"""Which tokens of a language model's sequence are what, row by row.
+
+The prompt is labelled once, when it is read; what comes after it in the cache is text that the
+model wrote. Labels are found from the token ids: rows may be padded, hold several images, or
+none.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import HostError
+from ..records import Tokens
+from .run import Run
+
+__all__ = ["Sequence", "image_ids", "label", "tokens_of"]
+
+_TEXT, _IMAGE, _PAD = 0, 1, 2
+
+
+def image_ids(config: Any) -> tuple[int, ...]:
+    """Return the token ids that stand for image or video features, from a model's config."""
+    names = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+    found = (getattr(config, name, None) for name in names)
+    return tuple(dict.fromkeys(int(one) for one in found if one is not None))
+
+
+def label(ids: Tensor, mask: Tensor | None, images: tuple[int, ...]) -> Tensor:
+    """Return labels [B, N] of a prompt.
+
+    Args:
+        ids: [B, N] token ids.
+        mask: [B, N], 0 at padding; None for none.
+        images: ids of image tokens.
+    """
+    labels = torch.zeros_like(ids, dtype=torch.uint8)
+    for one in images:
+        labels.masked_fill_(ids == one, _IMAGE)
+    return labels if mask is None else labels.masked_fill_(mask == 0, _PAD)
+
+
+@dataclass(eq=False)
+class Sequence:
+    """What is known of the sequences in one cache; goes where the cache goes.
+
+    Args:
+        labels: [B, P] of the prompt, None if its token ids were never seen.
+        prompt: tokens of the prompt, padding included.
+        run: states of the controls.
+        steps: forwards so far.
+    """
+
+    labels: Tensor | None = None
+    prompt: int = 0
+    run: Run = field(default_factory=Run)
+    steps: int = 0
+    seen: int = 0
+    padded_right: bool = False
+
+    def read(self, labels: Tensor | None, past: int, n: int) -> None:
+        """Add the labels [B, n] of prompt tokens that follow `past` tokens."""
+        old = self.labels
+        if labels is None or (past and old is None):
+            self.labels = None
+        elif past and old is not None:
+            old = _fit(_wide(old, past), labels.shape[0])
+            self.labels = torch.cat([old, labels], dim=1)
+        else:
+            self.labels = labels
+        self.padded_right = labels is not None and bool((labels[:, -1] == _PAD).any())
+
+
+def _wide(labels: Tensor, n: int) -> Tensor:
+    """Cut labels to n tokens, or add text."""
+    if labels.shape[1] >= n:
+        return labels[:, :n]
+    return torch.nn.functional.pad(labels, (0, n - labels.shape[1]), value=_TEXT)
+
+
+def _fit(labels: Tensor, rows: int) -> Tensor:
+    """Repeat labels for beams and for several answers to a prompt."""
+    if labels.shape[0] == rows:
+        return labels
+    if rows % labels.shape[0]:
+        raise HostError(
+            f"the prompt had {labels.shape[0]} rows and this forward has {rows}: which row is "
+            "which is not known"
+        )
+    return labels.repeat_interleave(rows // labels.shape[0], dim=0)
+
+
+def tokens_of(
+    sequence: Sequence, past: int, rows: int, nq: int, nk: int, device: torch.device
+) -> Tokens:
+    """Return the roles of an attention call's tokens.
+
+    Args:
+        sequence: what is known of the prompt.
+        past: tokens in the cache before this forward.
+        rows: batch size.
+        nq: queries.
+        nk: keys; fewer than there are tokens in a sliding window, more in a static cache.
+        device: where the masks go.
+
+    Raises:
+        HostError: if the prompt's token ids were never seen.
+    """
+    if sequence.labels is None:
+        raise HostError(
+            "which tokens are image and text is not known: the model was called without "
+            "input_ids, was compiled before the patch, or goes on with a cache that was filled "
+            "before it. Patch and call the whole model, with input_ids, from the prompt on"
+        )
+    total = past + nq
+    labels = _fit(_wide(sequence.labels.to(device), total), rows)
+    slots = torch.arange(total, device=device)
+    written = (slots >= sequence.prompt).expand(rows, -1)
+
+    def role_of(role: str) -> Tensor:
+        if role == "question":
+            return (labels == _TEXT) & ~written & (_images_after(labels) == 0)
+        value = {"image": _IMAGE, "text": _TEXT, "pad": _PAD}[role]
+        return labels == value
+
+    def queries(role: str) -> Tensor:
+        found = _answering(sequence, labels, slots) if role == "answer" else role_of(role)
+        return found[:, past:]
+
+    def keys(role: str) -> Tensor:
+        found = written if role == "answer" else role_of(role)
+        if nk < total:
+            return found[:, total - nk :]
+        return torch.nn.functional.pad(found, (0, nk - total))
+
+    return Tokens(queries, keys)
+
+
+def _images_after(labels: Tensor) -> Tensor:
+    """Count the image tokens from each token on."""
+    return (labels == _IMAGE).flip(1).cumsum(1).flip(1)
+
+
+def _answering(sequence: Sequence, labels: Tensor, slots: Tensor) -> Tensor:
+    """Return the tokens [B, N] from the last real one of each row's prompt on."""
+    last = torch.full_like(labels[:, :1], sequence.prompt - 1, dtype=torch.long)
+    if sequence.padded_right:
+        real = (labels != _PAD) & (slots < sequence.prompt)
+        last = (real * slots).amax(dim=1, keepdim=True)
+    return (slots >= last) & (labels != _PAD)

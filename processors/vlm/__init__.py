@@ -1,0 +1,5 @@
+"""Vision-language models: what the answer attends to."""
+
+from .pai import PAI
+
+__all__ = ["PAI"]

@@ -1,0 +1,405 @@
+"""Heat maps: equal to columns of the explicit float64 map, read without touching the output."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import attnctl
+from attnctl import assets
+from attnctl.assets import world
+from attnctl.hosts import targets
+from attnctl.processors.analysis import HeatMap, TokenMaps, token_mass
+from attnctl.processors.analysis.overlay import overlay
+from attnctl.processors.analysis.token_maps import Key, common
+from attnctl.testing import oracles, zoo
+from attnctl.testing.calls import attention_call, joint_spans, tensors
+
+WORDS = {"one": [1], "two": [0, 3]}
+UNKNOWN = ("latte",)  # which folds frames into the batch; its grid is not known
+FAMILIES = [name for name in zoo.FAMILIES if name != "zimage"]
+
+
+@functools.cache
+def built(name: str) -> Any:
+    try:
+        return zoo.FAMILIES[name].build()
+    except zoo.FamilyUnavailable as error:
+        pytest.skip(str(error))
+
+
+# -- the columns --------------------------------------------------------------------------------
+
+
+def explicit(q: Tensor, k: Tensor, groups: list[list[int]], **options: Any) -> Tensor:
+    """Return the summed columns of the whole map, [B, H, W, Nq]."""
+    whole = oracles.softmax_map(q, k, **options)
+    return torch.stack([whole[..., list(group)].sum(-1) for group in groups], dim=2)
+
+
+@pytest.mark.parametrize("most", [1, 50, 1 << 22])
+@pytest.mark.parametrize("masked", [None, "bool", "float"])
+@pytest.mark.parametrize(("tokens", "keys"), [(1, 1), (7, 5), (35, 13), (63, 111)])
+def test_columns_equal_the_explicit_map(
+    tokens: int, keys: int, masked: str | None, most: int
+) -> None:
+    q, k, _ = tensors(batch=2, heads=3, tokens=tokens, keys=keys, dim=7)
+    mask = None
+    if masked:
+        mask = torch.rand(2, 1, tokens, keys, generator=torch.Generator().manual_seed(1)) > 0.3
+        mask[:, :, 0] = False  # a query without any key
+        if masked == "float":
+            mask = torch.where(mask, 0.3, -torch.inf).double()
+    groups = [[0], [], [keys // 2, keys - 1] if keys > 2 else [0]]
+    want = explicit(q, k, groups, mask=mask, scale=0.4)
+    got = token_mass(q, k, groups, mask, 0.4, most=most)
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-14)
+    summed = token_mass(q, k, groups, mask, 0.4, each_head=False, most=most)
+    torch.testing.assert_close(summed, want.sum(1, keepdim=True), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_columns_in_low_precision_are_computed_in_float32(dtype: torch.dtype) -> None:
+    q, k, _ = tensors(heads=2, tokens=33, keys=9, dtype=dtype)
+    want = explicit(q, k, [[0, 4], [8]])
+    got = token_mass(q, k, [[0, 4], [8]])
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got.double(), want, rtol=2e-6, atol=1e-7)
+
+
+class Largest(TorchDispatchMode):
+    """Notes the largest tensor that any operation makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            # views hold no memory of their own
+            if isinstance(tensor, Tensor) and not tensor._is_view():
+                self.elements = max(self.elements, tensor.numel())
+        return out
+
+
+def test_memory_is_that_of_a_chunk_whatever_the_number_of_tokens() -> None:
+    peaks = []
+    for tokens in (250, 1000, 2000):
+        q, k, _ = tensors(heads=2, tokens=tokens, keys=tokens + 11, dim=4, dtype=torch.float32)
+        with Largest() as largest:
+            token_mass(q, k, [[0, 1], [5]], most=60_000)
+        peaks.append(largest.elements)
+        assert largest.elements < 2 * tokens * tokens / 2
+    assert max(peaks) <= 60_000
+
+
+# -- one call -------------------------------------------------------------------------------
+
+
+def maps_of(control: HeatMap, words: dict[str, list[int]], prompts: int = 1) -> TokenMaps:
+    positions = tuple(tuple(p) for p in words.values())
+    return TokenMaps(tuple(words), (positions,) * prompts, control.each_head)
+
+
+@pytest.mark.parametrize("text_first", [True, False])
+@pytest.mark.parametrize("refs", [0, 4])
+def test_the_image_to_text_block_of_a_joint_map(text_first: bool, refs: int) -> None:
+    grid, text = (1, 3, 5), 6
+    spans = joint_spans(15, text, text_first=text_first, grid=grid, refs=refs)
+    total = 15 + text + refs
+    q, k, v = tensors(batch=4, heads=3, kv_heads=1, tokens=total)
+    control = HeatMap(sink=lambda _: None)
+    state = maps_of(control, WORDS)
+    call = attention_call(
+        q, k, v, kind="joint", groups=("uncond", "cond"), spans=spans, heads=[0, 2], state=state
+    )
+    assert torch.equal(control.attend(call), call.proceed())
+    first = spans.keys("text").start
+    image = spans.queries("image")
+    columns = [[first + p for p in word] for word in WORDS.values()]
+    want = explicit(q, k, columns)[2:, [0, 2]][..., image].mean(1)
+    got = common([state])
+    assert got.shape == (2, 2, 1, 3, 5) and got.dtype == torch.float32
+    torch.testing.assert_close(got.flatten(2).double(), want, rtol=1e-5, atol=1e-7)
+
+
+def test_every_head_by_itself() -> None:
+    spans = attnctl.Spans((("image", 0, 6),), (("text", 0, 4),), (1, 2, 3))
+    q, k, v = tensors(heads=3, tokens=6, keys=4)
+    control = HeatMap(sink=lambda _: None, each_head=True)
+    state = maps_of(control, WORDS)
+    call = attention_call(
+        q, k, v, kind="cross", groups=("cond",), spans=spans, heads=[0, 2], state=state
+    )
+    for _ in range(2):  # the mean of two equal calls is one of them
+        control.attend(call)
+    ((key, mean),) = state.means().items()
+    assert key == Key((1, 2, 3), "blocks.0.attn", (0, 2))
+    want = explicit(q, k, list(WORDS.values()))[:, [0, 2]].unflatten(-1, (1, 2, 3))
+    torch.testing.assert_close(mean.double(), want, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(common([state]).double(), want.mean(1), rtol=1e-5, atol=1e-7)
+
+
+def test_other_rows_and_other_keys_are_left_out() -> None:
+    q, k, v = tensors(batch=2, tokens=6, keys=4)
+    control = HeatMap(sink=lambda _: None)
+    state = maps_of(control, WORDS)
+    text = attnctl.Spans((("image", 0, 6),), (("text", 0, 4),), (1, 2, 3))
+    added = attnctl.Spans((("image", 0, 6),), (("ip", 0, 4),), (1, 2, 3))
+    for spans, groups in ((text, ("uncond",)), (text, ("perturbed/1",)), (added, ("cond",))):
+        control.attend(
+            attention_call(q, k, v, kind="cross", groups=groups, spans=spans, state=state)
+        )
+    with pytest.raises(attnctl.HostError, match="no attention map was seen"):
+        common([state])
+    late = maps_of(control, {"late": [4]})
+    with pytest.raises(attnctl.HostError, match="position 4, but there are 4 text"):
+        control.attend(
+            attention_call(q, k, v, kind="cross", groups=("cond",), spans=text, state=late)
+        )
+
+
+def test_resolutions_are_weighted_by_their_maps_and_stay_in_range() -> None:
+    maps = TokenMaps(("a",), (((0,),),))
+    maps.add(Key((1, 2, 2)), 1, 0, torch.full((1, 1, 1, 4), 3 * 0.2), 3)
+    maps.add(Key((1, 4, 6)), 1, 0, torch.full((1, 1, 1, 24), 0.6), 1)
+    got = common([maps])
+    assert got.shape == (1, 1, 1, 4, 6)
+    torch.testing.assert_close(got, torch.full_like(got, (3 * 0.2 + 0.6) / 4))
+    assert common([maps], (5, 7)).shape[-2:] == (5, 7)
+
+
+# -- pipelines --------------------------------------------------------------------------------
+
+
+class Whole(attnctl.Control):
+    """The oracle: forms every map in full and keeps its columns, by grid."""
+
+    name = "whole"
+    kinds = ("cross", "joint")
+
+    def __init__(self) -> None:
+        object.__setattr__(self, "found", dict[tuple[int, int, int], list[Tensor]]())
+
+    def attend(self, call: attnctl.AttentionCall) -> Tensor:
+        spans, rows = call.spans, call.slice("cond")
+        text = spans.keys("text")
+        if rows is not None and text is not None:
+            whole = oracles.softmax_map(call.q, call.k, call.mask, call.scale)
+            mine = whole[rows][:, :, spans.queries("image")]
+            words = [mine[..., [text.start + p for p in w]].sum(-1) for w in WORDS.values()]
+            by_word = torch.stack(words, dim=2).unflatten(-1, spans.grid)
+            self.found.setdefault(spans.grid, []).append(by_word)
+        return call.proceed()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_maps_and_bit_exact_output_on_every_family(name: str) -> None:
+    options = {"batch": 1} if name == "lumina2" else {}
+    pipe = built(name)
+    stock = zoo.run(pipe, **options)
+    runs: list[TokenMaps] = []
+    oracle = Whole()
+    control = HeatMap(WORDS, runs.append)
+    if name in UNKNOWN:
+        with pytest.raises(attnctl.HostError, match="select other"), attnctl.patch(pipe, control):
+            zoo.run(pipe)
+        return
+    with attnctl.patch(pipe, control, oracle) as handle:
+        assert torch.equal(zoo.run(pipe, **options), stock)
+        hit = [line for line in handle.report().lines if line.control is control]
+    assert all(line.calls and line.sites_hit == line.sites for line in hit)
+    assert len(runs) == len(targets(pipe))
+    assert torch.equal(zoo.run(pipe, **options), stock)
+    mochi = name == "mochi"  # one row at a time: the calls alternate between the samples
+    for grid, parts in oracle.found.items():
+        parts = [torch.cat(parts[i::2]).mean(0)[None] for i in (0, 1)] if mochi else parts
+        want = torch.cat(parts).mean(1) if mochi else torch.cat(parts, 1).mean(1)
+        total = sum(r.sums[Key(grid)] for r in runs)[:, 0]
+        counts = sum(r.counts[Key(grid)] for r in runs)[:, None, None]
+        got = (total / counts).unflatten(-1, grid)
+        torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["sd1", "sd3", "flux", "wan"])
+@pytest.mark.parametrize("guided", [True, False])
+def test_a_batch_gives_what_each_sample_gives_alone(name: str, guided: bool) -> None:
+    pipe = built(name)
+
+    def maps(**options: Any) -> Tensor:
+        runs: list[TokenMaps] = []
+        with attnctl.patch(pipe, HeatMap(WORDS, runs.append)):
+            zoo.run(pipe, cfg=guided, **options)
+        return common(runs)
+
+    both, alone = maps(batch=2, num_images=2), maps(batch=1, num_images=1)
+    assert both.shape[0] == 4
+    torch.testing.assert_close(both[:1], alone, rtol=1e-3, atol=1e-5)
+
+
+def test_layers_heads_and_steps_are_selected() -> None:
+    pipe = built("sd3")
+    counts = []
+    for options in (
+        {},
+        {"heads": "L1H0"},
+        {"stop": 0.5},
+        {"heads": "L0-1", "start": 0.5},
+    ):
+        runs: list[TokenMaps] = []
+        with attnctl.patch(pipe, HeatMap(WORDS, runs.append, **options)):
+            zoo.run(pipe)
+        counts.append([int(c[0]) for c in runs[0].counts.values()])
+    assert counts == [[18], [2], [9], [6]]  # 3 layers of 3 heads, 2 steps
+
+
+def test_without_a_taker_nothing_is_read() -> None:
+    pipe = built("sd1")
+    with attnctl.patch(pipe, HeatMap(WORDS)) as handle:
+        zoo.run(pipe)
+    assert handle.report().calls == 0
+    assert str(HeatMap(WORDS, print, stop=0.5)) == f"heatmap(words={WORDS}, stop=0.5)"
+
+
+def test_the_perturbed_rows_of_other_controls_are_not_read() -> None:
+    pipe = built("sd3")
+    runs: list[TokenMaps] = []
+    with attnctl.patch(pipe, HeatMap(WORDS, runs.append, stop=0.5)):
+        zoo.run(pipe)
+    with attnctl.patch(pipe, HeatMap(WORDS, runs.append, stop=0.5), attnctl.PAG(scale=1.0)):
+        zoo.run(pipe)
+    torch.testing.assert_close(common(runs[:1]), common(runs[1:]), rtol=1e-4, atol=1e-6)
+
+
+def test_all_controls_at_once_with_it() -> None:
+    pipe = built("sd1")
+    runs: list[TokenMaps] = []
+    stack = [HeatMap(WORDS, runs.append), attnctl.PLADIS(lam=1.5), attnctl.SoftPAG(scale=0.3)]
+    with attnctl.patch(pipe, *stack) as handle:
+        out = zoo.run(pipe)
+        assert {x.control.name for x in handle.report().lines if x.calls} == {
+            "heatmap", "pladis", "softpag",
+        }  # fmt: skip
+    with attnctl.patch(pipe, *stack[1:]):
+        assert torch.equal(zoo.run(pipe), out)
+
+
+def test_words_need_a_prompt_and_a_tokenizer() -> None:
+    control = HeatMap(["ring"], print)
+    pipe = built("sd1")
+    with pytest.raises(attnctl.HostError, match="not with emb"), attnctl.patch(pipe, control):
+        zoo.run(pipe)
+    with pytest.raises(attnctl.HostError, match="no tokenizer"), attnctl.patch(pipe, control):
+        pipe("a ring", num_inference_steps=1)
+
+
+# -- the function ------------------------------------------------------------------------------
+
+
+@functools.cache
+def shipped(name: str) -> Any:
+    from diffusers import DiffusionPipeline
+
+    pipe = DiffusionPipeline.from_pretrained(assets.path(name))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+PROMPT = "a red circle and a blue square"
+CALLS: dict[str, dict[str, Any]] = {
+    "tiny-sd": {"num_inference_steps": 8, "guidance_scale": 5},
+    "tiny-sd3": {"num_inference_steps": 8, "guidance_scale": 3, "max_sequence_length": 32},
+}
+
+
+@functools.cache
+def drawing(name: str) -> attnctl.Heatmaps:
+    noise = torch.Generator().manual_seed(3)
+    return attnctl.heatmaps(shipped(name), PROMPT, generator=noise, **CALLS[name])
+
+
+@pytest.fixture(params=list(CALLS))
+def drawn(request: pytest.FixtureRequest) -> attnctl.Heatmaps:
+    return drawing(request.param)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_it_draws_the_same_picture_and_maps_the_concepts(name: str) -> None:
+    drawn, noise = drawing(name), torch.Generator().manual_seed(3)
+    stock = shipped(name)(PROMPT, generator=noise, **CALLS[name]).images[0]
+    assert drawn.images[0][0].tobytes() == stock.tobytes()
+    assert list(drawn) == ["red circle", "blue square"]
+    assert all(m.shape == (1, 16, 16) and 0 <= m.min() < m.max() <= 1 for m in drawn.values())
+    assert drawn.report.calls == 8 * len(
+        attnctl.sites(shipped(name)).select(kinds=("cross", "joint"))
+    )
+    with pytest.raises(attnctl.OptionError, match="Did you mean 'red circle'"):
+        drawn["red circl"]
+
+
+def test_the_maps_sit_on_the_objects(drawn: attnctl.Heatmaps) -> None:
+    image = drawn.images[0][0]
+    if not world.exact([image], [PROMPT])[0]:
+        pytest.skip("this version of the libraries draws another picture")
+    pixels = torch.from_numpy(np.array(image)).float()
+    for word, channel in (("red circle", 0), ("blue square", 2)):
+        others = [c for c in (0, 1, 2) if c != channel]
+        inside = pixels[..., channel] > 60 + pixels[..., others].amax(-1)
+        heat = torch.nn.functional.interpolate(drawn[word][None], (64, 64), mode="bilinear")[0, 0]
+        assert inside.any() and heat[inside].mean() > 1.7 * heat[~inside].mean()
+
+
+def test_overlays_and_files(drawn: attnctl.Heatmaps, tmp_path: Path) -> None:
+    picture = drawn.overlay("red circle")
+    assert picture.size == (64, 64) and picture.mode == "RGB"
+    grey = drawn.overlay("red circle", strength=0.0)
+    assert np.ptp(np.array(grey), axis=-1).max() == 0
+    big = drawn.overlay("red circle", image=Image.new("RGB", (96, 48)))
+    assert big.size == (96, 48)
+    flat = overlay(Image.new("RGB", (8, 8), (9, 9, 9)), torch.full((3, 5), 0.5))
+    assert np.ptp(np.array(flat), axis=(0, 1)).max() == 0
+    names = [f.name for f in drawn.save(tmp_path / "maps")]
+    assert names == ["maps.npz", "000-0-red-circle.png", "000-1-blue-square.png"]
+    assert all((tmp_path / "maps" / name).stat().st_size for name in names)
+
+
+def test_several_prompts_and_images() -> None:
+    pipe = shipped("tiny-sd3")
+    call = {
+        "num_inference_steps": 2, "max_sequence_length": 32, "num_images_per_prompt": 2,
+        "output_type": "latent",
+    }  # fmt: skip
+    prompts = ["a red circle", "a blue square and a small red ring"]
+    noise = torch.randn(4, 16, 16, 16, generator=torch.Generator().manual_seed(0))
+    noise = noise[:, : pipe.transformer.config.in_channels]
+    both = attnctl.heatmaps(pipe, prompts, ["red"], latents=noise, **call)
+    assert both["red"].shape[0] == 4 and not both.images
+    for i, prompt in enumerate(prompts):
+        at = slice(2 * i, 2 * i + 2)
+        one = attnctl.heatmaps(pipe, prompt, ["red"], latents=noise[at], **call)
+        torch.testing.assert_close(both["red"][at], one["red"], rtol=1e-3, atol=1e-5)
+    with pytest.raises(attnctl.OptionError, match="made no pictures"):
+        both.overlay("red")
+    with pytest.raises(attnctl.HostError, match="different concepts"):
+        attnctl.heatmaps(pipe, prompts, latents=noise, **call)
+    with pytest.raises(attnctl.OptionError, match="no step lies between"):
+        attnctl.heatmaps(pipe, prompts, ["red"], start=0.5, stop=0.5)
+
+
+def test_a_video_has_maps_by_frame() -> None:
+    pipe = built("wan")
+    call = zoo.FAMILIES["wan"].call(pipe) | {"output_type": "np"}
+    with torch.no_grad():
+        found = attnctl.heatmaps(pipe, None, WORDS, **call)
+    assert found["one"].shape == (2, 3, 4, 6)
+    assert len(found.images) == 2 and len(found.images[0]) == 9
+    assert found.overlay("two", sample=1, frame=2).size == (96, 64)
