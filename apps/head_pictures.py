@@ -153,7 +153,7 @@ def curve(found: HeadSet, size: tuple[int, int] = (560, 320)) -> Image.Image:
     font, _ = lettering(14, [])
     left, right, top, bottom = 78, size[0] - 20, 40, size[1] - 40
     pen.line([(left, top), (left, bottom), (right, bottom)], fill=_FAINT)
-    unit = "" if found.strategy == "greedy" else " forecast, in standard deviations,"
+    unit = " slope (1 is the mean size)" if found.strategy == "gradient" else ""
     pen.text((left, 12), f"{found.objective}{unit} by round; chosen: green", _INK, font)
 
     def height(score: float) -> float:

@@ -34,8 +34,8 @@ class Round:
 
     Args:
         chosen: the heads it added, best first.
-        scores: for each head tried last. Greedy: mean objective of "the heads so far and this
-            one". Gradient and halving: its forecast, in standard deviations above the mean.
+        scores: for each head tried last. Greedy and halving: mean objective of "the heads so far
+            and this one". Gradient: its slope, in units of the mean size of slopes.
     """
 
     chosen: tuple[Head, ...]
