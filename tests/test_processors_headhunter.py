@@ -335,7 +335,8 @@ def test_every_row_gets_its_own_heads(pipe: Any) -> None:
 
 
 def forecast(pipe: Any, prompts: list[str], **options: Any) -> Forecast:
-    look = Forecast(attnctl.SoftPAG(scale=2.0), **options)
+    shapes = {s.index: s.heads for s in trials(pipe).sites}
+    look = Forecast(attnctl.SoftPAG(scale=2.0), slopes_at=shapes, **options)
     noise = [torch.Generator().manual_seed(i + 1) for i in range(len(prompts))]
     with attnctl.patch(pipe, look), contextlib.suppress(Enough):
         pipe(prompts, generator=noise, output_type="latent", **CALL)
@@ -345,14 +346,17 @@ def forecast(pipe: Any, prompts: list[str], **options: Any) -> Forecast:
 def test_slopes_are_those_of_finite_differences(pipe: Any) -> None:
     """At the first step, where the run is the same whatever u is."""
     sites = trials(pipe).sites
-    options: dict[str, Any] = {
-        "slopes_at": {s.index: s.heads for s in sites}, "at": (0,),
-        "judge": lambda images: objective("redness").score(images, []),
-    }  # fmt: skip
+    seen: list[float] = []
+
+    def judge(images: torch.Tensor) -> torch.Tensor:
+        scores = objective("redness").score(images, [])
+        seen.append(float(scores.detach().double().sum()))
+        return scores
+
     for head in ((1, 3), (6, 0)):
-        middle, high, low = (strengths([[head]] * 2, u, sites) for u in (0.4, 0.405, 0.395))
-        look = forecast(pipe, PROMPTS[:2], table=middle, candidates=(high, low), **options)
-        up, down = look.scores[0].double().sum(1)
+        tables = [strengths([[head]] * 2, u, sites) for u in (0.405, 0.395, 0.4)]
+        looks = [forecast(pipe, PROMPTS[:2], table=t, at=(0,), judge=judge) for t in tables]
+        up, down, look = *seen[-3:-1], looks[-1]
         site = next(s.index for s in sites if s.layer == head[0])
         slope = float(look.slopes[0][site][:, head[1]].sum())
         assert float(up - down) / 0.01 == pytest.approx(slope, rel=0.03, abs=1e-5)
@@ -361,14 +365,14 @@ def test_slopes_are_those_of_finite_differences(pipe: Any) -> None:
 def test_a_forecast_is_the_picture_of_the_guided_prediction(pipe: Any) -> None:
     """Recomputed from the denoiser's own outputs, with the run guided before the look."""
     sites = trials(pipe).sites
-    first, other = (strengths([[h]] * 2, 1.0, sites) for h in ((2, 1), (5, 5)))
+    table = strengths([[(2, 1)]] * 2, 1.0, sites)
     seen: list[torch.Tensor] = []
 
     def judge(images: torch.Tensor) -> torch.Tensor:
         seen.append(images.detach())
         return images.mean((1, 2, 3))
 
-    forecast(pipe, PROMPTS[:2], table=first, candidates=(other,), at=(1,), judge=judge)
+    forecast(pipe, PROMPTS[:2], table=table, at=(0, 1), judge=judge)
     kept: dict[str, Any] = {}
 
     class Peek(attnctl.Control):
@@ -387,35 +391,33 @@ def test_a_forecast_is_the_picture_of_the_guided_prediction(pipe: Any) -> None:
     inputs["return_dict"] = False
     with torch.no_grad():
         cond = pipe.transformer(**inputs)[0]
-        with attnctl.patch(pipe.transformer, RowStrengths(attnctl.SoftPAG(scale=1.0), other)):
+        with attnctl.patch(pipe.transformer, RowStrengths(attnctl.SoftPAG(scale=1.0), table)):
             weak = 2 * cond - pipe.transformer(**inputs)[0]
         clean = inputs["hidden_states"] - kept["sigma"] * (cond + 2.0 * (cond - weak))
         config = pipe.vae.config
         images = pipe.vae.decode(clean / config.scaling_factor + config.shift_factor).sample
-    assert (seen[0] - (images / 2 + 0.5).clamp(0, 1)).abs().max() < 1e-3
+    assert (seen[1] - (images / 2 + 0.5).clamp(0, 1)).abs().max() < 1e-3
 
 
 def test_a_run_with_looks_draws_what_a_plain_one_draws(pipe: Any) -> None:
-    """Guided or not; and without `whole` it ends at the last look."""
+    """Guided or not; it ends at the last look, here at a step that never comes."""
     sites = trials(pipe).sites
     table = strengths([[(2, 1)]], 1.0, sites)
     for chosen, stack in (({}, []), (table, [attnctl.SoftPAG(scale=2.0, u=1.0, heads="L2H1")])):
-        look = Forecast(
-            attnctl.SoftPAG(scale=2.0), chosen, at=(1,), candidates=(table,), whole=True
-        )
+        shapes = {s.index: s.heads for s in sites}
+        look = Forecast(attnctl.SoftPAG(scale=2.0), chosen, at=(1, 99), slopes_at=shapes)
         drawn = []
         for controls in (stack, [look]):
             with attnctl.patch(pipe, *controls) if controls else contextlib.nullcontext():
                 noise = torch.Generator().manual_seed(0)
                 drawn.append(pipe(PROMPTS[0], generator=noise, output_type="pt", **CALL).images)
-        assert (drawn[0] - drawn[1]).abs().max() < 1e-5 and look.scores[1].shape == (1, 1)
+        assert (drawn[0] - drawn[1]).abs().max() < 1e-5 and len(look.slopes[1]) == 8
     rows: list[int] = []
     hook = pipe.transformer.pos_embed.register_forward_pre_hook(
         lambda module, args: rows.append(len(args[0]))
     )
     try:
-        forecast(pipe, PROMPTS[:2], table=strengths([[(2, 1)]] * 2, 1.0, sites),
-                 candidates=(strengths([[(3, 1)]] * 2, 1.0, sites),), at=(0, 1))  # fmt: skip
+        forecast(pipe, PROMPTS[:2], table=strengths([[(2, 1)]] * 2, 1.0, sites), at=(0, 1))
     finally:
         hook.remove()
     # step 0: the pass, the look, the guiding pass; step 1: the pass and the look

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from attnctl.processors.headhunter.headset import HeadSet
     from attnctl.selectors import Selection
 
-__all__ = ["PerturbedGuidance", "soften"]
+__all__ = ["PerturbedGuidance", "add_to_all", "soften"]
 
 _LOG = logging.getLogger("attnctl")
 
@@ -204,7 +204,7 @@ class PerturbedGuidance(Control):
         state: _Guidance = call.state
         if "cond" not in call.rows:
             return self._other_branch(call, state)
-        weight = self._weight(call)
+        weight = self.weight(call)
         if weight == 0:
             state.step, state.term = call.step.index, None
             return call.proceed()
@@ -216,7 +216,7 @@ class PerturbedGuidance(Control):
             # too late for the unconditional branch: the pipeline multiplies ours by g
             term = term / self._scale_of(call)
         state.step, state.term = call.step.index, term
-        return _add_to_all(main, term, len(call.rows.groups))
+        return add_to_all(main, term, len(call.rows.groups))
 
     def _both(self, call: ForwardCall) -> tuple[Tensor, Tensor]:
         """Return the output of the call's own rows, and of the perturbed ones."""
@@ -232,13 +232,14 @@ class PerturbedGuidance(Control):
         if state.step == call.step.index:
             if state.term is None:
                 return out
-            return _add_to_all(out, state.term, len(call.rows.groups))
+            return add_to_all(out, state.term, len(call.rows.groups))
         if "uncond" not in call.rows:
             raise HostError(f"{self.name}: no conditional rows among {call.rows}")
         state.uncond_first = call.step.index
         return out
 
-    def _weight(self, call: ForwardCall) -> float:
+    def weight(self, call: ForwardCall) -> float:
+        """Return the weight of e_c - e_p at a call's step, after `convention` and `adaptive`."""
         guided = self.convention == "pipeline" or call.run.guided(call.rows)
         weight = self.scale if guided else self.scale - 1
         if not self.adaptive:
@@ -272,6 +273,7 @@ def _head_set(heads: Any) -> HeadSet | None:
     return None
 
 
-def _add_to_all(out: Tensor, term: Tensor, groups: int) -> Tensor:
+def add_to_all(out: Tensor, term: Tensor, groups: int) -> Tensor:
+    """Add a term [n, ...] to every group of n rows of an output [groups * n, ...]."""
     wide = out.to(term.dtype).unflatten(0, (groups, -1)) + term
     return wide.flatten(0, 1).to(out.dtype)

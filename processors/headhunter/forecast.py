@@ -1,14 +1,12 @@
 """Forecasts: what heads do to the picture that a running denoiser is heading for.
 
-At some steps of an ordinary run the perturbed pass is made once more for each candidate head
-set, the guided output e = e_main + w (e_c - e_p) is turned into the picture it stands for
-(one-step prediction), and that picture is judged. One such look costs one pass of the denoiser
-and of the decoder, where a real picture takes all steps. Between the looks the run goes on as
-if nothing had happened; after the last one it ends.
+At some steps of an ordinary run the perturbed pass is made once more with gradients, the guided
+output is turned into the picture it stands for (one-step prediction), that picture is judged,
+and one backward gives the slope of the score with respect to every head's u at once. Between
+the looks the run goes on as if nothing had happened; after the last one it ends.
 
-With a differentiable objective one backward of such a look gives the slope of the score with
-respect to every head's u at once (three passes). Slopes are exact only for small u and scale:
-the score is not linear in u, for the attention is, but the layers after it are not.
+Slopes are exact only for small u and scale: the attention is linear in u, but the layers after
+it are not. The objective must be differentiable.
 """
 
 from __future__ import annotations
@@ -22,6 +20,7 @@ from torch import Tensor
 
 from attnctl.errors import HostError
 from attnctl.hosts.clean import clean_latents, pixels
+from attnctl.processors.guidance.perturbed import add_to_all
 from attnctl.records import AttentionCall, ForwardCall
 
 from .rows import RowStrengths, Strengths
@@ -57,20 +56,14 @@ class Forecast(RowStrengths):
         table: strengths u [n, H] by site that guide the run.
         at: indices of the steps with a look.
         judge: scores [n] of pictures [n, 3, H, W].
-        candidates: strengths of each candidate, instead of `table`'s.
-        slopes_at: heads by site index, for the sites whose slopes are wanted; none by default.
-        scores: filled: scores [C, n] by step.
+        slopes_at: heads by site index, for the sites whose slopes are wanted.
         slopes: filled: slopes [n, H] by site, by step.
-        whole: let the run go to its end.
     """
 
     at: Sequence[int] = ()
     judge: Judge = lambda images: images.mean((1, 2, 3))
-    candidates: Sequence[Strengths] = ()
     slopes_at: Mapping[int, int] = field(default_factory=dict)
-    scores: dict[int, Tensor] = field(default_factory=dict)
     slopes: dict[int, dict[int, Tensor]] = field(default_factory=dict)
-    whole: bool = False
 
     name: ClassVar[str] = "forecast"
 
@@ -96,21 +89,19 @@ class Forecast(RowStrengths):
         state: _State = call.state
         with torch.no_grad():
             main = call.proceed()
-        if self.candidates:
-            with torch.no_grad():
-                rows = [self._score(call, state, main, one) for one in self.candidates]
-            self.scores[call.step.index] = torch.stack(rows)
-        if self.slopes_at:
-            self.slopes[call.step.index] = self._slopes(call, state, main)
-        if not self.whole and call.step.index == max(self.at):
+        self.slopes[call.step.index] = self._slopes(call, state, main)
+        if call.step.index == max(self.at):
             raise Enough
         if not self.table:
             return main
         with torch.no_grad():
-            weak = self._weak(call, state, None)
-        term = self.guidance.scale * (main[call.rows.slice("cond")].float() - weak.float())
-        every = main.float().unflatten(0, (len(call.rows.groups), -1)) + term
-        return every.flatten(0, 1).to(main.dtype)
+            term = self._term(call, main, self._weak(call, state, None))
+        return add_to_all(main, term, len(call.rows.groups))
+
+    def _term(self, call: ForwardCall, main: Tensor, weak: Tensor) -> Tensor:
+        """What the guidance adds, w (e_c - e_p)."""
+        cond = main[call.rows.slice("cond")].float()
+        return self.guidance.weight(call) * self.guidance.direction(cond, weak.float())
 
     def _weak(self, call: ForwardCall, state: _State, looking: Strengths | None) -> Tensor:
         state.looking = looking
@@ -120,9 +111,8 @@ class Forecast(RowStrengths):
             state.looking = None
 
     def _score(self, call: ForwardCall, state: _State, main: Tensor, looking: Strengths) -> Tensor:
-        weak = self._weak(call, state, looking)
-        cond = main[call.rows.slice("cond")].float()
-        guided = self._mixed(call, main) + self.guidance.scale * (cond - weak.float())
+        term = self._term(call, main, self._weak(call, state, looking))
+        guided = self._mixed(call, main) + term
         sample = next(iter(call.inputs.values()))[call.rows.slice("cond")].float()
         return self.judge(pixels(call.run, clean_latents(call.run, sample, guided))).float()
 

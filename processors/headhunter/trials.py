@@ -181,22 +181,18 @@ class Trials:
     ) -> list[list[list[float]]]:
         """Slopes [m][T][P]."""
         shapes = {s.index: s.heads for s in self.sites}
-        look = self._look(heads, at, part, slopes_at=shapes)
-        steps = [torch.cat([look.slopes[t][i] for i in sorted(shapes)], dim=1) for t in at]
-        rows: list[list[list[float]]] = torch.stack(steps, dim=1).double().cpu().tolist()
-        return rows
-
-    def _look(self, heads: Candidate, at: Sequence[int], part: list[int], **wanted: Any) -> Any:
         prompts = [self.prompts[i] for i in part]
         table = self._table([heads] * len(part)) if heads else {}
         judge = functools.partial(_judge, self.objective, prompts)
-        look = Forecast(self.guidance, table, at, judge, **wanted)
+        look = Forecast(self.guidance, table, at, judge, shapes)
         noise = [torch.Generator().manual_seed(self.seeds[i]) for i in part]
         with patch(self.pipe, look), contextlib.suppress(Enough):
             self._run(prompts, noise, {**self.call, "output_type": "latent"})
-        if len(look.scores) + len(look.slopes) < len(at):
+        if len(look.slopes) < len(at):
             raise OptionError(f"no looks at steps {list(at)} of {self.steps}: no such steps")
-        return look
+        steps = [torch.cat([look.slopes[t][i] for i in sorted(shapes)], dim=1) for t in at]
+        rows: list[list[list[float]]] = torch.stack(steps, dim=1).double().cpu().tolist()
+        return rows
 
     def _table(self, sets: Sequence[Candidate]) -> Strengths:
         made = strengths(sets, self.guidance.u, self.sites)
