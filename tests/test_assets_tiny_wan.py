@@ -15,7 +15,6 @@ import attnctl
 from attnctl import assets
 from attnctl.assets import world
 from attnctl.assets.train import recipe
-from attnctl.assets.train.__main__ import main
 from attnctl.assets.train.film import film
 from attnctl.assets.train.measure_wan import SEED, load_pipeline, plain_transformer, sets
 from attnctl.assets.train.numbers import proportion
@@ -47,19 +46,12 @@ BOTH = "a video of a red circle moving left slowly and a blue square standing st
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The shipped model; until there is one, two steps of a training: right in all but quality."""
-    if "tiny-wan" in assets.names():
-        return assets.path("tiny-wan")
-    out = tmp_path_factory.mktemp("trained")
-    main(["tiny-wan", "--smoke", "--out", str(out)])
-    return out / "tiny-wan"
+def folder() -> Path:
+    return assets.path("tiny-wan")
 
 
 @pytest.fixture(scope="module")
 def figures(folder: Path) -> dict[str, Any]:
-    if "tiny-wan" not in assets.names():
-        pytest.skip("tiny-wan's weights are not in this tree yet")
     found: dict[str, Any] = json.loads((folder / "figures.json").read_text())
     return found
 
@@ -236,19 +228,14 @@ def test_training_begins_with_stills(tmp_path: Path):
     assert clips.shape == (2, made.vae.config.z_dim, 3, 16, 16) and len(words) == 2
 
 
-def test_the_autoencoder_is_as_good_as_its_figures():
-    """It ships inside tiny-wan, or by itself where tiny-wan is not trained yet."""
-    alone = assets.locate("video-vae")
-    if alone is not None:
-        figures = json.loads((alone / "figures.json").read_text())
-    else:
-        figures = json.loads((assets.path("tiny-wan") / "figures.json").read_text())["video-vae"]
-    vae = AutoencoderKLWan.from_pretrained(alone or assets.path("tiny-wan") / "vae")
+def test_the_autoencoder_is_as_good_as_its_figures(folder: Path, figures: dict[str, Any]):
+    known = figures["video-vae"]
+    vae = AutoencoderKLWan.from_pretrained(folder / "vae")
     moving = world.sample_moving(8, objects=(1, 1), seed=93)
     clips = moving.draw()
     again = round_trip(vae, clips)
-    assert figures["psnr"] >= 33 and figures["right"]["rate"] >= 0.97
-    assert psnr(again, clips).mean() >= figures["psnr"] - 1.5
+    assert known["psnr"] >= 33 and known["right"]["rate"] >= 0.97
+    assert psnr(again, clips).mean() >= known["psnr"] - 1.5
     assert world.moved(again, moving.captions()).right.float().mean() >= 0.75
 
 

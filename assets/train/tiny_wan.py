@@ -69,7 +69,7 @@ class TinyWan(Recipe):
     """Text encoder and video transformer, trained together on latents of drawn clips."""
 
     name = "tiny-wan"
-    plan = Plan(steps=6000, batch=64, lr=1.2e-3, average=0.998)
+    plan = Plan(steps=18_000, batch=64, lr=1.2e-3, average=0.998)
     tune = Tune()
 
     def __init__(self, run: Run) -> None:

@@ -108,7 +108,7 @@ class VideoVaeRecipe(Recipe):
     """Absolute and squared error of the clip plus a little of the usual KL term."""
 
     name = "video-vae"
-    plan = Plan(steps=8000, batch=16, lr=3e-3)
+    plan = Plan(steps=6000, batch=16, lr=3e-3)
     tune = Tune()
 
     def __init__(self, run: Run) -> None:
