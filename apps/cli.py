@@ -14,6 +14,8 @@ from typing import Annotated, Any
 
 import typer
 
+from .eval.cli import evaluation
+
 __all__ = ["app", "main", "run"]
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
@@ -23,11 +25,11 @@ app = typer.Typer(
     help="Control attention in pretrained models without training.",
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80},
 )
 bench = typer.Typer(name="bench", help="Measure what a control does.", rich_markup_mode=None)
 app.add_typer(bench)
+app.add_typer(evaluation)
 
 
 @bench.callback(invoke_without_command=True)
@@ -106,37 +108,54 @@ _CONTROL = (
     "A control, such as softpag:u=0.5,heads=L1H2; repeat for more. Without options: the preset "
     "for the model. `attnctl controls` lists them."
 )
+
+
+def _known_models() -> list[str]:
+    """Return what completion offers; without torch, so that it comes at once."""
+    from attnctl import assets
+
+    return assets.names()
+
+
+def _known_controls() -> list[str]:
+    """Return the controls that have presets: their names are those of files."""
+    from importlib import resources
+
+    files = resources.files("attnctl").joinpath("presets").iterdir()
+    return sorted(Path(f.name).stem for f in files if f.name.endswith(".toml"))
+
+
+Model = Annotated[str, typer.Option(metavar="MODEL", help=_MODEL, autocompletion=_known_models)]
+Controls = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME[:KEY=VALUE,...]", help=_CONTROL, autocompletion=_known_controls),
+]
+Steps = Annotated[int | None, typer.Option(metavar="N", help="Steps; default: the model's.")]
+Guidance = Annotated[
+    float | None,
+    typer.Option(metavar="G", help="Classifier-free guidance; default: the model's."),
+]
+Negative = Annotated[str | None, typer.Option(metavar="TEXT", help="What to keep out.")]
+Pixels = Annotated[int | None, typer.Option(metavar="PIXELS", help="Default: the model's.")]
+Dtype = Annotated[str, typer.Option(metavar="TYPE", help="auto, float32, float16 or bfloat16.")]
+Device = Annotated[str, typer.Option(metavar="NAME", help="auto, cpu or cuda.")]
+
 _OUT = "The PNG to write; default: attnctl-001.png or the next free name."
 
 
 @app.command()
 def generate(
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to draw.")],
-    model: Annotated[str, typer.Option(metavar="MODEL", help=_MODEL)] = "tiny-sd3",
-    control: Annotated[
-        list[str] | None, typer.Option(metavar="NAME[:KEY=VALUE,...]", help=_CONTROL)
-    ] = None,
+    model: Model = "tiny-sd3",
+    control: Controls = None,
     seed: Annotated[int, typer.Option(metavar="N", help="Seed of the noise.")] = 0,
-    steps: Annotated[
-        int | None, typer.Option(metavar="N", help="Steps; default: the model's.")
-    ] = None,
-    guidance_scale: Annotated[
-        float | None,
-        typer.Option(metavar="G", help="Classifier-free guidance; default: the model's."),
-    ] = None,
-    negative_prompt: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="What to keep out.")
-    ] = None,
-    height: Annotated[
-        int | None, typer.Option(metavar="PIXELS", help="Default: the model's.")
-    ] = None,
-    width: Annotated[
-        int | None, typer.Option(metavar="PIXELS", help="Default: the model's.")
-    ] = None,
-    dtype: Annotated[
-        str, typer.Option(metavar="TYPE", help="auto, float32, float16 or bfloat16.")
-    ] = "auto",
-    device: Annotated[str, typer.Option(metavar="NAME", help="auto, cpu or cuda.")] = "auto",
+    steps: Steps = None,
+    guidance_scale: Guidance = None,
+    negative_prompt: Negative = None,
+    height: Pixels = None,
+    width: Pixels = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
     compare: Annotated[
         bool, typer.Option("--compare", help="Draw without the controls too, side by side.")
     ] = False,
@@ -166,25 +185,16 @@ _WORDS = (
 def heatmap(
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to draw.")],
     words: Annotated[list[str] | None, typer.Option(metavar="WORDS", help=_WORDS)] = None,
-    model: Annotated[str, typer.Option(metavar="MODEL", help=_MODEL)] = "tiny-sd",
+    model: Model = "tiny-sd",
     heads: Annotated[
         str, typer.Option(metavar="SELECTOR", help="Heads that are read, such as L2-3.")
     ] = "all",
-    control: Annotated[
-        list[str] | None, typer.Option(metavar="NAME[:KEY=VALUE,...]", help=_CONTROL)
-    ] = None,
+    control: Controls = None,
     seed: Annotated[int, typer.Option(metavar="N", help="Seed of the noise.")] = 0,
-    steps: Annotated[
-        int | None, typer.Option(metavar="N", help="Steps; default: the model's.")
-    ] = None,
-    guidance_scale: Annotated[
-        float | None,
-        typer.Option(metavar="G", help="Classifier-free guidance; default: the model's."),
-    ] = None,
-    dtype: Annotated[
-        str, typer.Option(metavar="TYPE", help="auto, float32, float16 or bfloat16.")
-    ] = "auto",
-    device: Annotated[str, typer.Option(metavar="NAME", help="auto, cpu or cuda.")] = "auto",
+    steps: Steps = None,
+    guidance_scale: Guidance = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="The PNG; default: heatmap-001.png...")
     ] = None,
@@ -207,6 +217,70 @@ def heatmap(
         out,
     )
     run_heatmap(wanted, note)
+
+
+_JOBS = (
+    "What to draw: .txt (a prompt per line), .csv (a column per option), .jsonl (an object per "
+    "line) or .toml."
+)
+_GRID = "Draw every combination: steps=10,20 or softpag.u=0.25,0.5; values with commas: a|b."
+
+
+@app.command()
+def batch(
+    jobs: Annotated[Path, typer.Argument(metavar="JOBS", help=_JOBS)],
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", help="Output folder; a batch that is there goes on.")
+    ],
+    model: Model = "tiny-sd3",
+    control: Controls = None,
+    seed: Annotated[
+        str | None, typer.Option(metavar="SEEDS", help="Such as 3, 0-9 or '0-3, 8'; default: 0.")
+    ] = None,
+    steps: Steps = None,
+    guidance_scale: Guidance = None,
+    negative_prompt: Negative = None,
+    height: Pixels = None,
+    width: Pixels = None,
+    frames: Annotated[
+        int | None, typer.Option(metavar="N", help="Of videos; default: the model's.")
+    ] = None,
+    fps: Annotated[
+        int | None, typer.Option(metavar="N", help="Of videos, frames per second; default: 16.")
+    ] = None,
+    grid: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUES", help=_GRID)] = None,
+    batch: Annotated[
+        int, typer.Option(metavar="N", help="Items of equal shape drawn at once, at most.")
+    ] = 1,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Draw again what failed before.")
+    ] = False,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+) -> None:
+    """Draw many pictures or videos from a file of jobs.
+
+    The options are for jobs that do not give them. A batch that was stopped, killed too, goes on
+    where it was when the same command is given again. Several processes share the work when
+    started by `accelerate launch`. Exit code 1 if an item failed.
+    """
+    from .batch.command import Order
+    from .batch.command import batch as run_batch
+
+    given = {
+        "control": control or None,
+        "seed": seed,
+        "steps": steps,
+        "guidance_scale": guidance_scale,
+        "negative_prompt": negative_prompt,
+        "height": height,
+        "width": width,
+        "frames": frames,
+        "fps": fps,
+    }
+    order = Order(jobs, out, model, given, grid or (), batch, retry_failed, device, dtype)
+    if not run_batch(order, note):
+        raise typer.Exit(FAILED)
 
 
 @app.command()
@@ -251,13 +325,101 @@ def controls(
     print(control_text(name, known, width) if name else controls_text(known, width))
 
 
+@app.command()
+def demo(
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Repeat for more; default: the shipped models.",
+            autocompletion=_known_models,
+        ),
+    ] = None,
+    host: Annotated[str, typer.Option(metavar="ADDRESS", help="Where to listen.")] = "127.0.0.1",
+    port: Annotated[
+        int | None, typer.Option(metavar="N", help="Default: the first free one from 7860 on.")
+    ] = None,
+    share: Annotated[
+        bool, typer.Option("--share", help="Have gradio make a public address.")
+    ] = False,
+    root_path: Annotated[
+        str | None, typer.Option(metavar="/PATH", help="Where a proxy shows the page.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Keeps the results; default: none are kept."),
+    ] = None,
+    per_minute: Annotated[
+        int, typer.Option(metavar="N", help="Runs and uploads of one visitor, at most.")
+    ] = 30,
+    seconds: Annotated[float, typer.Option(metavar="S", help="One run may take.")] = 180.0,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+) -> None:
+    """Serve a page to try controls in a browser (extra: demo)."""
+    from .demo.command import Order
+    from .demo.command import demo as serve
+    from .demo.limits import Limits
+
+    limits = Limits(seconds=seconds, per_minute=per_minute, at_once=max(6, per_minute // 5))
+    names = tuple(model or ())
+    serve(Order(names, host, port, share, root_path, out, device, dtype, limits), note)
+
+
+@app.command()
+def doctor() -> None:
+    """Say what is installed, which devices and backends can be used, and if not, why.
+
+    Exit code 1 if a package that attnctl needs is missing or too old.
+    """
+    from .doctor import doctor as findings
+    from .doctor import missing
+
+    print(findings())
+    if missing():
+        raise typer.Exit(FAILED)
+
+
+_TAU = "Least phi of a sink; default: 20, less for narrow models."
+_DIMS = "Sink dimensions, such as 2533-1415; default: found on this prompt."
+
+
+@app.command()
+def sinks(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="tiny-llava, a folder, or a hub id (org/name).")
+    ],
+    image: Annotated[Path, typer.Option(metavar="FILE", help="The picture.")],
+    question: Annotated[
+        str, typer.Option(metavar="TEXT", help="What is asked about it.")
+    ] = "Describe the image.",
+    dims: Annotated[str | None, typer.Option(metavar="D-D", help=_DIMS)] = None,
+    tau: Annotated[float | None, typer.Option(metavar="T", help=_TAU)] = None,
+    dtype: Annotated[
+        str, typer.Option(metavar="TYPE", help="auto, float32, float16 or bfloat16.")
+    ] = "auto",
+    device: Annotated[str, typer.Option(metavar="NAME", help="auto, cpu or cuda.")] = "auto",
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The PNG; default: sinks-001.png...")
+    ] = None,
+) -> None:
+    """Show the attention sinks of a vision-language model on a picture."""
+    from .sinks import Wanted
+    from .sinks import sinks as show_sinks
+
+    if dims is not None and not all(part.isdecimal() for part in dims.split("-")):
+        raise typer.BadParameter(f"{dims!r} is no list such as 2533-1415", param_hint="--dims")
+    given = None if dims is None else tuple(map(int, dims.split("-")))
+    show_sinks(Wanted(model, image, question, given, tau, device, dtype, out), note)
+
+
 _BENCH_CONTROL = (
     "The control that is judged, such as softpag:scale=1,u=0.25. Without options: the preset "
     "for the model. Without --control: stock alone."
 )
 _BENCH_OUT = (
-    "A folder, or the files' base name: BASE.json and BASE.png. Default: the next free "
-    "effect-CONTROL-MODEL-001."
+    "A folder, or the files' base name: BASE.json and BASE.png. Default: the next free name, "
+    "such as effect-CONTROL-MODEL-001."
 )
 
 
@@ -304,10 +466,8 @@ def bench_effect(
     batch: Annotated[
         int | None, typer.Option(metavar="N", help="Cases per call; default: by device.")
     ] = None,
-    dtype: Annotated[
-        str, typer.Option(metavar="TYPE", help="auto, float32, float16 or bfloat16.")
-    ] = "auto",
-    device: Annotated[str, typer.Option(metavar="NAME", help="auto, cpu or cuda.")] = "auto",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
     cache: Annotated[
         bool, typer.Option("--cache/--no-cache", help="Keep stock outputs for later runs.")
     ] = True,
@@ -340,6 +500,84 @@ def bench_effect(
     }
     order = Order(control, tuple(against or ()), model, settings, placebo, cache, out, overwrite)
     bench_effect(order, note)
+
+
+@bench.command("attention")
+def bench_attention(
+    case: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="models, frames, densities, toys, or one of theirs such as wan-720p; repeatable.",
+        ),
+    ] = None,
+    backends: Annotated[
+        str | None,
+        typer.Option(metavar="NAME[,NAME...]", help="Default: all that can run here."),
+    ] = None,
+    rounds: Annotated[int, typer.Option(metavar="N", help="Timings of each.")] = 5,
+    dtype: Annotated[
+        str, typer.Option(metavar="TYPE", help="auto, float32, float16 or bfloat16.")
+    ] = "auto",
+    device: Annotated[str, typer.Option(metavar="NAME", help="auto, cpu or cuda.")] = "auto",
+    out: Annotated[Path | None, typer.Option(metavar="BASE", help=_BENCH_OUT)] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace files of that name.")
+    ] = False,
+) -> None:
+    """How fast are the backends of block-sparse attention? One run, side by side.
+
+    Radial masks of video models, of growing length, and random blocks of growing density. A
+    backend is timed if its error is at most twice that of stock attention and three runs are
+    equal bit for bit. The default case is models on a GPU and toys on a CPU.
+    """
+    from .bench.attention import bench_attention
+
+    bench_attention(
+        case or (),
+        backends.split(",") if backends else (),
+        rounds=rounds,
+        dtype=dtype,
+        device=device,
+        out=out,
+        overwrite=overwrite,
+        say=note,
+    )
+
+
+@bench.command("model")
+def bench_model(
+    control: Annotated[
+        list[str],
+        typer.Option(metavar="NAME[:...]", help="An arm, such as radial:start=0; repeatable."),
+    ],
+    model: Annotated[
+        str, typer.Option(metavar="NAME", help="wan-14b, wan-1.3b or hunyuanvideo.")
+    ] = "wan-14b",
+    frames: Annotated[int, typer.Option(metavar="N", help="Of the video.")] = 81,
+    height: Annotated[int, typer.Option(metavar="PX", help="Of the video.")] = 720,
+    width: Annotated[int, typer.Option(metavar="PX", help="Of the video.")] = 1280,
+    layers: Annotated[int, typer.Option(metavar="N", help="Transformer blocks.")] = 4,
+    rounds: Annotated[int, typer.Option(metavar="N", help="Timed steps of each arm.")] = 5,
+    device: Annotated[str, typer.Option(metavar="NAME", help="auto, cpu or cuda.")] = "auto",
+    out: Annotated[Path | None, typer.Option(metavar="BASE", help=_BENCH_OUT)] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace files of that name.")
+    ] = False,
+) -> None:
+    """How fast is a denoising step with a control? Real widths, random weights.
+
+    A step of the stock model, on cuDNN's dense attention where that runs, beside one with each
+    control; a few blocks are enough, since all are alike. Controls that wait for a part of the
+    run must be told to start at once (start=0), those with dense layers to have none.
+    """
+    from .bench.model import Size, bench_model
+
+    size = Size(frames, height, width, layers)
+    bench_model(
+        model, size, control, rounds=rounds, device=device, out=out, overwrite=overwrite,
+        say=note,
+    )  # fmt: skip
 
 
 _SEARCH_MODEL = "A shipped model, a folder, or a hub id."
@@ -385,10 +623,8 @@ def search_heads(
     height: Annotated[int | None, typer.Option(metavar="PIXELS", help="Of the pictures.")] = None,
     width: Annotated[int | None, typer.Option(metavar="PIXELS", help="Of the pictures.")] = None,
     batch: Annotated[int, typer.Option(metavar="N", help="Rows per denoiser call.")] = 8,
-    device: Annotated[str, typer.Option(metavar="NAME", help="auto, cpu or cuda.")] = "auto",
-    dtype: Annotated[
-        str, typer.Option(metavar="TYPE", help="auto, float32, float16 or bfloat16.")
-    ] = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     journal: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Scores so far; default: beside the output."),
@@ -440,14 +676,31 @@ def show_heads(
     draw_heads(Order(heads, prompt, model, seed, out, grid, batch), print)
 
 
+_AGAIN = "Draw it again from its record and compare, bit for bit; exit code 1 if it differs."
+
+
 @app.command()
-def show(file: Annotated[Path, typer.Argument(metavar="FILE", help="A PNG of attnctl.")]) -> None:
-    """Print how a picture was made."""
+def show(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A PNG or MP4 of attnctl.")],
+    replay: Annotated[bool, typer.Option("--replay", help=_AGAIN)] = False,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="With --replay: keep the new one here.")
+    ] = None,
+) -> None:
+    """Print how a picture or a video was made, or make it again."""
     import json
 
-    from .pictures import read_metadata
+    from .replay import read_record, replay_file
 
-    print(json.dumps(read_metadata(file), indent=2, ensure_ascii=False))
+    if out is not None and not replay:
+        raise typer.BadParameter("is for --replay", param_hint="--out")
+    if not replay:
+        print(json.dumps(read_record(file), indent=2, ensure_ascii=False))
+        return
+    again = replay_file(file, out, note)
+    print(again)
+    if not again.equal:
+        raise typer.Exit(FAILED)
 
 
 if __name__ == "__main__":

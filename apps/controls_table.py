@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
+import sys
 import types
 import typing
 from typing import Any
@@ -16,7 +17,7 @@ from attnctl.presets import Preset, presets
 from .control_syntax import options_text
 from .tables import paragraph
 
-__all__ = ["control_text", "controls_text", "option_docs", "summary"]
+__all__ = ["control_text", "controls_text", "cost", "option_docs", "papers", "summary"]
 
 _ENTRY = re.compile(r"(\w+(?:, \w+)*): (.*)")
 
@@ -47,11 +48,14 @@ def control_text(name: str, known: dict[str, type[Control]], width: int) -> str:
     cls = known[name]
     hints, docs = typing.get_type_hints(cls), option_docs(cls)
     acts = "/".join(cls.kinds)
-    lines = [f"{name} = attnctl.{cls.__name__}, on {acts} attention", summary(cls), "", "options"]
+    head = paragraph(summary(cls), width)
+    lines = [f"{name} = attnctl.{cls.__name__}, on {acts} attention", head, "", "options"]
     for f in dataclasses.fields(cls):
         default = options_text({f.name: _default(f)})
         head = f"  {default}  ({kind_of(hints[f.name])})"
         lines += [head, paragraph(docs.get(f.name, "no description"), width, "      ")]
+    lines += ["", "cost", f"  {cost(cls)}", "", "paper"]
+    lines += [paragraph(line, width, "  ") for line in papers(cls) or ["none named"]]
     found = presets(name)
     lines += ["", "presets" if found else "no presets", *(_preset(p, width) for p in found)]
     return "\n".join(lines)
@@ -69,6 +73,23 @@ def option_docs(cls: type[Control]) -> dict[str, str]:
     for base in reversed(cls.__mro__):
         docs |= _entries(inspect.cleandoc(base.__dict__.get("__doc__") or ""))
     return docs
+
+
+def cost(cls: type[Control]) -> str:
+    """Return what a control adds to a run, read from what it declares."""
+    if cls.adds_rows:
+        return "one more row of the batch per sample, at each step of its window"
+    if cls.replaces_softmax:
+        return "no extra rows; computes the attention itself"
+    return "no extra rows"
+
+
+def papers(cls: type[Control]) -> list[str]:
+    """Return the references in the docstring of a control's module, one text each."""
+    text = inspect.cleandoc(sys.modules[cls.__module__].__doc__ or "")
+    _, _, section = text.partition("References:\n")
+    joined = " ".join(section.split("\n\n")[0].split())
+    return [part.strip() for part in re.split(r"(?<=[.)]);\s", joined) if part.strip()]
 
 
 def kind_of(hint: Any) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,17 +27,35 @@ __all__ = [
     "Chosen",
     "Result",
     "Settings",
+    "batch_arguments",
     "call_arguments",
     "choose",
+    "controlled",
+    "draw_rows",
     "generate",
+    "makes_videos",
+    "picture_arguments",
     "recommended",
 ]
 
 RECOMMENDED: dict[str, dict[str, Any]] = {
     "tiny-sd": {"steps": 20, "guidance_scale": 5.0},
     "tiny-sd3": {"steps": 20, "guidance_scale": 3.0},
+    "tiny-wan": {
+        "steps": 12,
+        "guidance_scale": 3.0,
+        "height": 64,
+        "width": 64,
+        "frames": 17,
+        "fps": 8,
+    },
 }
 """Settings of the shipped models, where their pipeline's own are not meant for them."""
+
+LIMITS = {"steps": 10_000, "height": 16_384, "width": 16_384, "frames": 10_000, "fps": 1000}
+"""The most that a setting may be: beyond lie slips of the pen, not pictures."""
+PIXELS = 2**26
+"""Of one picture or frame."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +67,10 @@ class Settings:
         seed: seed of the noise, drawn on the CPU whatever the device.
         steps: denoising steps, at least 1.
         guidance_scale: scale of classifier-free guidance, as the pipeline counts it.
-        height: in pixels.
-        width: in pixels.
+        height: in pixels, at most 16384.
+        width: in pixels, at most 16384.
+        frames: of videos, at most 10000.
+        fps: frames per second at which a video is shown, 1 to 1000; 16 if None.
     """
 
     negative_prompt: str | None = None
@@ -58,14 +79,20 @@ class Settings:
     guidance_scale: float | None = None
     height: int | None = None
     width: int | None = None
+    frames: int | None = None
+    fps: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**63:
             raise OptionError(f"seed {self.seed} is outside 0 to 2^63 - 1")
-        for name in ("steps", "height", "width"):
+        for name, most in LIMITS.items():
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise OptionError(f"{name} {value} must be at least 1")
+            if value is not None and value > most:
+                raise OptionError(f"{name} {value} is too much; at most {most}")
+        if (self.height or 1) * (self.width or 1) > PIXELS:
+            raise OptionError(f"{self.width} x {self.height} is more than {PIXELS} pixels")
         if self.guidance_scale is not None and not abs(self.guidance_scale) < 1e6:
             raise OptionError(f"guidance scale {self.guidance_scale} is no usable number")
 
@@ -138,15 +165,16 @@ def generate(
         raise OptionError("to compare, give at least one control")
     pipe = load(str(model), device, dtype) if isinstance(model, (str, Path)) else model
     settings = recommended(settings or Settings(), model_name(pipe))
-    arguments = call_arguments(pipe, prompt, settings)
+    arguments = picture_arguments(pipe, prompt, settings)
     chosen = tuple(choose(pipe, control) for control in controls)
     images, report = {}, None
     if chosen:
-        with attnctl.patch(pipe, *(c.control for c in chosen)) as handle:
-            images["controlled"] = _draw(pipe, arguments, settings.seed, "controlled")
-            report = handle.report()
+        with controlled(pipe, chosen) as handle:
+            (images["controlled"],) = draw_rows(pipe, arguments, [settings.seed], "controlled")
+            report = handle.report() if handle else None
     if compare or not chosen:
-        images = {"stock": _draw(pipe, arguments, settings.seed, "stock"), **images}
+        (stock,) = draw_rows(pipe, arguments, [settings.seed], "stock")
+        images = {"stock": stock, **images}
     captions = {"stock": "stock", "controlled": " + ".join(map(_caption, chosen))}
     metadata = record(pipe, arguments, settings.seed, chosen, images, report)
     return Result(images, metadata, chosen, report, captions)
@@ -160,7 +188,7 @@ def recommended(settings: Settings, model: str) -> Settings:
 
 
 def call_arguments(pipe: Any, prompt: str, settings: Settings) -> dict[str, Any]:
-    """Return the pipeline's arguments, with its own defaults written out.
+    """Return the arguments of a pipeline for pictures or videos, its own defaults written out.
 
     Args:
         pipe: the pipeline.
@@ -168,20 +196,19 @@ def call_arguments(pipe: Any, prompt: str, settings: Settings) -> dict[str, Any]
         settings: how.
 
     Raises:
-        AttnctlError: if it does not draw pictures from a prompt, or lacks a setting.
+        AttnctlError: if it does not draw from a prompt, or lacks a setting.
     """
     cls = original_class(pipe)
     known, kind = inspect.signature(cls.__call__).parameters, cls.__name__
     if "prompt" not in known or "num_inference_steps" not in known:
         raise HostError(f"{kind} does not draw from a prompt")
-    if "num_frames" in known:
-        raise HostError(f"{kind} makes videos; only pictures can be drawn so far")
     given = {
         "num_inference_steps": settings.steps,
         "guidance_scale": settings.guidance_scale,
         "negative_prompt": settings.negative_prompt,
         "height": settings.height,
         "width": settings.width,
+        "num_frames": settings.frames,
     }
     arguments: dict[str, Any] = {"prompt": prompt}
     for key, value in given.items():
@@ -200,15 +227,75 @@ def call_arguments(pipe: Any, prompt: str, settings: Settings) -> dict[str, Any]
     return arguments
 
 
-def _draw(pipe: Any, arguments: Mapping[str, Any], seed: int, name: str) -> Image:
+def picture_arguments(pipe: Any, prompt: str, settings: Settings) -> dict[str, Any]:
+    """Return `call_arguments` of a pipeline that draws pictures.
+
+    Raises:
+        AttnctlError: if it makes videos, does not draw from a prompt, or lacks a setting.
+    """
+    if makes_videos(pipe):
+        raise HostError(
+            f"{original_class(pipe).__name__} makes videos; only pictures can be drawn here, "
+            "`attnctl batch` makes videos too"
+        )
+    return call_arguments(pipe, prompt, settings)
+
+
+def makes_videos(pipe: Any) -> bool:
+    """Whether a pipeline makes videos rather than pictures."""
+    return "num_frames" in inspect.signature(original_class(pipe).__call__).parameters
+
+
+def draw_rows(pipe: Any, arguments: Mapping[str, Any], seeds: Sequence[int], name: str) -> Any:
+    """Draw one batch.
+
+    Each row has a noise of its own, so that it is the picture of its prompt and seed whatever
+    is drawn with it, up to rounding, which the number of rows may change.
+
+    Args:
+        pipe: the pipeline.
+        arguments: its keywords; the prompts are a list if there are several rows.
+        seeds: seed of the noise of each row.
+        name: shown beside the progress bar.
+
+    Returns:
+        A picture per row; of video pipelines a list of pictures per row.
+    """
     before = dict(getattr(pipe, "_progress_bar_config", {}))
     pipe.set_progress_bar_config(**{"desc": f"{name:>10}", **before})
+    noise = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     try:
-        generator = torch.Generator("cpu").manual_seed(seed)
-        image: Image = pipe(**arguments, generator=generator).images[0]
-        return image
+        generator = noise[0] if len(noise) == 1 else noise
+        if makes_videos(pipe):
+            return pipe(**arguments, generator=generator, output_type="pil").frames
+        return pipe(**arguments, generator=generator).images
     finally:
         pipe.set_progress_bar_config(**before)
+
+
+def batch_arguments(
+    arguments: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Return a pipeline's keywords for several rows; for one row they stay as they are.
+
+    Args:
+        arguments: those of one row.
+        rows: prompt and negative prompt of each.
+    """
+    if len(rows) == 1:
+        return dict(arguments)
+    texts = [key for key in ("prompt", "negative_prompt") if key in arguments]
+    return {**arguments, **{key: [row[key] for row in rows] for key in texts}}
+
+
+@contextlib.contextmanager
+def controlled(pipe: Any, chosen: Sequence[Chosen]) -> Iterator[attnctl.Handle | None]:
+    """Install controls, if there are any, inside a `with` block."""
+    if not chosen:
+        yield None
+        return
+    with attnctl.patch(pipe, *(one.control for one in chosen)) as handle:
+        yield handle
 
 
 def _caption(chosen: Chosen) -> str:

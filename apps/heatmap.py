@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,9 @@ import attnctl
 from attnctl.errors import AttnctlError, OptionError
 from attnctl.words import concepts
 
-from .chosen import Chosen, choose
+from .chosen import choose
 from .control_syntax import parse_control
-from .generate import Settings, call_arguments, recommended
+from .generate import Settings, controlled, picture_arguments, recommended
 from .models import first_line, load, local_folder, model_name
 from .pictures import check_output, free_name, side_by_side, write_png
 from .quiet import hush, notes
@@ -78,8 +77,8 @@ def heatmap(wanted: Wanted, say: Say) -> None:
     pipe.set_progress_bar_config(disable=None)
     chosen = tuple(choose(pipe, text) for text in wanted.controls)
     settings = recommended(wanted.settings, model_name(pipe))
-    arguments = call_arguments(pipe, wanted.prompt, settings)
-    with notes(say), _controlled(pipe, chosen):
+    arguments = picture_arguments(pipe, wanted.prompt, settings)
+    with notes(say), controlled(pipe, chosen):
         found = _run(pipe, arguments, settings.seed, words, wanted.heads)
     picture = found.images[0][0]
     metadata = record(pipe, arguments, settings.seed, chosen, {"picture": picture}, found.report)
@@ -103,15 +102,6 @@ def sheet(found: attnctl.Heatmaps, title: str, subtitle: str = "", sample: int =
     pictures = [found.images[sample][0], *(found.overlay(word, sample) for word in found)]
     captions = [f"{word}: up to {float(heat[sample].max()):.1%}" for word, heat in found.items()]
     return side_by_side(pictures, ["picture", *captions], title, subtitle)
-
-
-@contextlib.contextmanager
-def _controlled(pipe: Any, chosen: Sequence[Chosen]) -> Iterator[None]:
-    if not chosen:
-        yield
-        return
-    with attnctl.patch(pipe, *(one.control for one in chosen)):
-        yield
 
 
 def _run(

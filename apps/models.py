@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,6 +21,7 @@ __all__ = [
     "find_folder",
     "first_line",
     "load",
+    "local_device",
     "local_folder",
     "model_name",
     "placed",
@@ -72,6 +74,14 @@ def placed(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
     """
     place = _device(device)
     return place, _dtype(dtype, place)
+
+
+def local_device(name: str) -> str:
+    """Return the device of this process among those that were launched together."""
+    rank = os.environ.get("LOCAL_RANK")
+    if name != "auto" or rank is None:
+        return name
+    return f"cuda:{rank}" if torch.cuda.is_available() else "cpu"
 
 
 def model_name(pipe: Any) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import io
 import json
 import os
 import tempfile
@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw, PngImagePlugin, UnidentifiedImageError
 
 from attnctl.errors import AttnctlError
 
+from .files import write_whole
 from .lettering import lettering, wrapped
 from .tables import breakable
 
@@ -23,6 +24,7 @@ __all__ = [
     "check_output",
     "free_name",
     "parameters_text",
+    "png_bytes",
     "read_metadata",
     "side_by_side",
     "write_png",
@@ -34,7 +36,7 @@ PLAIN_KEY = "parameters"
 """PNG text key that web UIs read."""
 
 _SMALLEST = 320
-_PAPER, _INK, _FAINT = (255, 255, 255), (0, 0, 0), (96, 96, 96)
+PAPER, INK, _FAINT = (255, 255, 255), (0, 0, 0), (96, 96, 96)
 _LINES = 4
 
 
@@ -89,20 +91,21 @@ def write_png(image: Image.Image, path: Path, metadata: Mapping[str, Any]) -> No
     Raises:
         PictureError: if it cannot be written.
     """
+    try:
+        write_whole(path.expanduser().resolve(), png_bytes(image, metadata))
+    except OSError as error:
+        raise PictureError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def png_bytes(image: Image.Image, metadata: Mapping[str, Any]) -> bytes:
+    """Return a picture as the PNG that `write_png` writes."""
     info = PngImagePlugin.PngInfo()
     info.add_text(KEY, json.dumps(metadata))
     if "prompt" in metadata:
         info.add_text(PLAIN_KEY, parameters_text(metadata))
-    target = path.expanduser().resolve()
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
-    try:
-        image.save(part, "PNG", pnginfo=info)
-        os.replace(part, target)
-    except OSError as error:
-        raise PictureError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink()
+    file = io.BytesIO()
+    image.save(file, "PNG", pnginfo=info)
+    return file.getvalue()
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
@@ -176,12 +179,12 @@ def side_by_side(
     font, (title, subtitle, *captions) = lettering(size, [title, subtitle, *captions])
     gap = round(1.5 * size)
     across = len(shown) * (wide + gap) - gap
-    heads = [(line, _INK) for line in wrapped(title, font, across, 2)]
+    heads = [(line, INK) for line in wrapped(title, font, across, 2)]
     heads += [(line, _FAINT) for line in wrapped(subtitle, font, across, 1)]
     feet = [wrapped(breakable(caption, 24), font, wide, _LINES) for caption in captions]
     top = gap * (1 + len(heads)) + gap // 3
     foot = top + high + gap // 3
-    sheet = Image.new("RGB", (across + 2 * gap, foot + gap * (1 + max(map(len, feet)))), _PAPER)
+    sheet = Image.new("RGB", (across + 2 * gap, foot + gap * (1 + max(map(len, feet)))), PAPER)
     pen = ImageDraw.Draw(sheet)
     for i, (line, ink) in enumerate(heads):
         pen.text((gap, gap * (i + 0.7)), line, fill=ink, font=font)
@@ -189,7 +192,7 @@ def side_by_side(
         left = gap + i * (wide + gap)
         sheet.paste(image, (left, top))
         for j, line in enumerate(lines):
-            pen.text((left, foot + j * gap), line, fill=_INK, font=font)
+            pen.text((left, foot + j * gap), line, fill=INK, font=font)
     return sheet
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from PIL.Image import Image
 
+import attnctl
 from attnctl.hosts.adopt import original_class
 from attnctl.patch import Report
 
@@ -53,6 +54,8 @@ def record(
         "width": image.width,
         "dtype": str(pipe.dtype).removeprefix("torch."),
         "device": pipe.device.type,
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name(pipe.device) if pipe.device.type == "cuda" else None,
         "pictures": list(images),
         "versions": versions(),
         "report": [line_data(line) for line in report.lines] if report else [],
@@ -88,6 +91,7 @@ def _plain(value: Any) -> Any:
 
 def versions() -> dict[str, str]:
     """Return the versions of what draws."""
-    packages = ("attnctl", "torch", "diffusers", "transformers")
+    packages = ("torch", "diffusers", "transformers")
     found = {name: importlib.metadata.version(name) for name in packages}
-    return {**found, "python": platform.python_version()}
+    # of its own it knows the version without being installed as a package
+    return {"attnctl": attnctl.__version__, **found, "python": platform.python_version()}

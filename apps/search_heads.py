@@ -16,7 +16,7 @@ from attnctl.processors.headhunter.headset import HeadSet
 from attnctl.processors.headhunter.hunter import HeadHunter
 
 from .control_syntax import split_control
-from .models import load
+from .models import load, local_device
 
 __all__ = ["Order", "search_heads"]
 
@@ -124,16 +124,6 @@ def check_output(path: Path) -> None:
         raise OptionError(f"the output {path} must end in .json or .txt")
     if not path.parent.is_dir():
         raise OptionError(f"the output folder {path.parent} does not exist")
-
-
-def local_device(name: str) -> str:
-    """Return the device of this process among those that were launched together."""
-    rank = os.environ.get("LOCAL_RANK")
-    if name != "auto" or rank is None:
-        return name
-    import torch
-
-    return f"cuda:{rank}" if torch.cuda.is_available() else "cpu"
 
 
 def forwards_per_second(hunter: HeadHunter, pipe: Any, prompts: Any, call: Any) -> float:

@@ -26,12 +26,27 @@ if TYPE_CHECKING:
         SelectorError,
     )
     from .patch import Handle, Report, patch
-    from .processors.analysis import HeatMap, Heatmaps, TokenMaps, heatmaps
+    from .processors.analysis import HeatMap, Heatmaps, Masks, TokenMaps, heatmaps, masks
     from .processors.guidance import *  # noqa: F403
     from .processors.headhunter import HeadHunter, HeadSet
+    from .processors.latent import *  # noqa: F403
     from .processors.sparse import *  # noqa: F403
+    from .processors.sparse import BlockSparse
+    from .processors.steering import *  # noqa: F403
     from .processors.vlm import *  # noqa: F403
-    from .records import AttentionCall, ForwardCall, Rows, Site, Spans, Step, StepCall, Tokens
+    from .processors.vlm.carving import Carved, Carver, carve
+    from .processors.vlm.sink_map import SinkMap, calibrate_sink_dims, sink_map
+    from .records import (
+        AttentionCall,
+        ForwardCall,
+        LogitsCall,
+        Rows,
+        Site,
+        Spans,
+        Step,
+        StepCall,
+        Tokens,
+    )
     from .schedule import Schedule, Window
     from .sites import Sites, sites
     from .words import Concept, Found, Phrase, concepts, find_words
@@ -50,11 +65,21 @@ _PUBLIC = {
         "SelectorError",
     ),
     "patch": ("Handle", "Report", "patch"),
-    "processors.analysis": ("HeatMap", "Heatmaps", "TokenMaps", "heatmaps"),
+    "processors.analysis": ("HeatMap", "Heatmaps", "Masks", "TokenMaps", "heatmaps", "masks"),
     "processors.headhunter": ("HeadHunter", "HeadSet"),
+    "processors.sparse": ("BlockSparse",),
+    "processors.vlm": (
+        "Carved",
+        "Carver",
+        "SinkMap",
+        "calibrate_sink_dims",
+        "carve",
+        "sink_map",
+    ),
     "records": (
         "AttentionCall",
         "ForwardCall",
+        "LogitsCall",
         "Rows",
         "Site",
         "Spans",
@@ -71,6 +96,9 @@ __all__ = [
     "AttentionCall",
     "AttnctlError",
     "AttnctlWarning",
+    "BlockSparse",
+    "Carved",
+    "Carver",
     "Concept",
     "Control",
     "ControlConflict",
@@ -82,6 +110,8 @@ __all__ = [
     "HeatMap",
     "Heatmaps",
     "HostError",
+    "LogitsCall",
+    "Masks",
     "MissingExtra",
     "OptionError",
     "Phrase",
@@ -89,6 +119,7 @@ __all__ = [
     "Rows",
     "Schedule",
     "SelectorError",
+    "SinkMap",
     "Site",
     "Sites",
     "Spans",
@@ -97,13 +128,17 @@ __all__ = [
     "TokenMaps",
     "Tokens",
     "Window",
+    "calibrate_sink_dims",
+    "carve",
     "concepts",
     "control",
     "controls",
     "find_words",
     "heatmaps",
+    "masks",
     "patch",
     "register",
+    "sink_map",
     "sites",
 ]
 

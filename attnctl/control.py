@@ -12,7 +12,7 @@ import typing
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from .errors import OptionError, nearest
-from .records import AttentionCall, ForwardCall, StepCall
+from .records import AttentionCall, ForwardCall, LogitsCall, StepCall, WrittenRow
 from .schedule import Schedule
 
 if TYPE_CHECKING:
@@ -36,7 +36,8 @@ class Control:
     """Base of every control: a frozen dataclass of options with the planes it needs.
 
     A subclass overrides `attend` (around one attention primitive), `denoise` (around one
-    forward of the denoiser) and `between` (latents between steps), any subset of them. It
+    forward of the denoiser), `between` (latents between steps) and `decode` (a language
+    model's logits of the next token), any subset of them. It
     holds no run state: `begin` returns a fresh state object for each run, which comes back
     as `call.state`. The same control object can be in several patches.
     """
@@ -51,6 +52,10 @@ class Control:
     """True if `attend` only ever changes calls that hold rows which `denoise` added."""
     adds_rows: ClassVar[bool] = False
     """True if `denoise` runs extra rows or passes."""
+    reads_residual: ClassVar[bool] = False
+    """True if `attend` reads `call.residual` (decoders of language models)."""
+    context_parallel: ClassVar[bool] = False
+    """True if all planes are right where each process has some of the heads (`call.part`)."""
 
     @property
     def selector(self) -> Any:
@@ -75,6 +80,15 @@ class Control:
         """Attention plane: return the output [B, H, Nq, Dv] of one attention primitive."""
         return call.proceed()
 
+    def written(self, call: AttentionCall) -> WrittenRow | None:
+        """Return what `attend` does to all later written tokens of a prompt at this site.
+
+        Asked, in the decoder of a language model, after `attend` at a written token, of a
+        control that is alone at the site. None where it depends on more than the token itself,
+        so that every token goes through `attend`.
+        """
+        return None
+
     def denoise(self, call: ForwardCall) -> Tensor:
         """Denoiser plane: return the sample of one forward for the rows of the call."""
         return call.proceed()
@@ -82,6 +96,23 @@ class Control:
     def between(self, call: StepCall) -> Tensor:
         """Step plane: return the latents that go into `call.step`."""
         return call.latents
+
+    def decode(self, call: LogitsCall) -> Tensor:
+        """Decode plane: return the logits [B, V] of the next token."""
+        return call.proceed()
+
+    def account(self, state: Any, steps: tuple[int, ...], sites: Sites) -> Any:
+        """Return what the report of a run should add; its str goes under the control's line.
+
+        Args:
+            state: what `begin` returned for the run.
+            steps: the run's steps at which the denoiser ran, this control acting or not.
+            sites: all sites of the denoiser.
+
+        Returns:
+            Any small object (reports are kept), None if there is nothing to add.
+        """
+        return None
 
     def resolve(self, sites: Sites) -> Control:
         """Return this control with options that depend on the model filled in."""
@@ -113,7 +144,7 @@ class Control:
 
     @classmethod
     def plane(cls, method: str) -> bool:
-        """Whether this class overrides `attend`, `denoise` or `between`."""
+        """Whether this class overrides `attend`, `denoise`, `between` or `decode`."""
         return getattr(cls, method) is not getattr(Control, method)
 
     def __str__(self) -> str:
@@ -208,7 +239,10 @@ def _read(kind: Any, text: str) -> Any:
             raise ValueError(text)
         return text.lower() in ("true", "1", "yes", "on")
     if kind in (int, float):
-        return kind(text)
+        number = kind(text)
+        if number != number:  # "nan" is no number, and would pass most range checks
+            raise ValueError(text)
+        return number
     if kind is type(None):
         if text.lower() != "none":
             raise ValueError(text)
@@ -219,9 +253,10 @@ def _read(kind: Any, text: str) -> Any:
         return text
     if typing.get_origin(kind) is tuple:
         parts = re.findall(_NUMBER, text)
-        if "-".join(parts) != text or len(parts) != len(typing.get_args(kind)):
+        of = typing.get_args(kind)
+        if "-".join(parts) != text or (of[-1] is not ... and len(parts) != len(of)):
             raise ValueError(text)
-        return tuple(map(float, parts))
+        return tuple(map(of[0] if of[-1] is ... else float, parts))
     if kind in (str, Any):
         return text
     raise ValueError(text)
@@ -233,7 +268,9 @@ def _describe(hint: Any) -> str:
         if typing.get_origin(kind) is typing.Literal:
             names.append("one of " + ", ".join(map(str, typing.get_args(kind))))
         elif typing.get_origin(kind) is tuple:
-            names.append("-".join(["number"] * len(typing.get_args(kind))))
+            of = typing.get_args(kind)
+            many = "numbers joined by -"
+            names.append(many if of[-1] is ... else "-".join(["number"] * len(of)))
         else:
             names.append(_WORDS.get(kind, getattr(kind, "__name__", str(kind))))
     return " or ".join(names)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -67,8 +68,11 @@ def _prepare(
     entries = []
     for item in controls:
         control = item.resolve(sites)
-        needs_sites = type(control).plane("attend")
+        cls = type(control)
+        needs_sites = cls.plane("attend") or cls.plane("decode")  # logits: the model must fit
         selection = sites.select(control.selector, control.kinds) if needs_sites else {}
+        if not cls.plane("attend"):
+            selection = {}
         entries.append(Entry(control, selection, sites, None if owner is None else id(owner)))
     return sites, modules, entries
 
@@ -159,9 +163,15 @@ class Handle:
             bare = binding.bare
             bare.index, bare._last_time = 0, None
             bare.states.clear()
+            bare.steps.clear()
 
     def report(self) -> Report:
         """Return what each control was given to touch and what it did touch so far."""
+        for binding, entries in self._bindings:
+            # a run of a bare denoiser has no end
+            if isinstance(binding, Binding) and self._pipeline is None and binding.bare.begun:
+                for entry in entries:
+                    entry.close(binding.bare)
         return Report(tuple(_line(e) for _, entries in self._bindings for e in entries))
 
     def __enter__(self) -> Handle:
@@ -193,6 +203,8 @@ class ReportLine:
         sites_hit: sites with at least one such call.
         forwards: denoiser calls it took part in.
         steps: indices of the steps at which it acted.
+        account: what the control itself says about the latest run that came to its end, such
+            as a `SparseAccount`; None if nothing.
     """
 
     control: Control
@@ -203,6 +215,7 @@ class ReportLine:
     sites_hit: int
     forwards: int
     steps: tuple[int, ...]
+    account: Any = None
 
 
 @dataclass(frozen=True)
@@ -230,15 +243,17 @@ def _line(entry: Entry) -> ReportLine:
         sites_hit=len(entry.calls),
         forwards=entry.forwards,
         steps=tuple(sorted(entry.steps)),
+        account=entry.account,
     )
 
 
 def _text(line: ReportLine) -> str:
     steps = f"steps {_ranges(line.steps)}" if line.steps else "no step yet"
     what = f"{_many(line.heads, 'head')} of {_many(line.sites, 'site')}, " if line.sites else ""
+    more = "" if line.account is None else "\n" + textwrap.indent(str(line.account), "  ")
     return (
         f"{line.control} on {line.denoiser}: {what}{_many(line.calls, 'attention call')} at "
-        f"{_many(line.sites_hit, 'site')}, {_many(line.forwards, 'forward')}, {steps}"
+        f"{_many(line.sites_hit, 'site')}, {_many(line.forwards, 'forward')}, {steps}{more}"
     )
 
 

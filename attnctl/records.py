@@ -19,14 +19,17 @@ if TYPE_CHECKING:
     from .stack import Entry
 
 __all__ = [
+    "STOCK",
     "AttentionCall",
     "ForwardCall",
+    "LogitsCall",
     "Rows",
     "Site",
     "Spans",
     "Step",
     "StepCall",
     "Tokens",
+    "WrittenRow",
 ]
 
 RowSlice = slice
@@ -144,10 +147,23 @@ class Tokens:
     Args:
         queries: returns the mask [B, Nq] of a role.
         keys: returns the mask [B, Nk] of a role.
+        slots: returns the mask [B, T] of a role among all tokens so far, in order; None for the
+            keys.
+        first: slot of the first key: above 0 in a sliding window.
+        written: whether all queries were written after the prompt: roles "text" and "answer".
     """
 
-    def __init__(self, queries: Callable[[str], Tensor], keys: Callable[[str], Tensor]) -> None:
-        self._of = {"queries": queries, "keys": keys}
+    def __init__(
+        self,
+        queries: Callable[[str], Tensor],
+        keys: Callable[[str], Tensor],
+        slots: Callable[[str], Tensor] | None = None,
+        first: int = 0,
+        written: bool = False,
+    ) -> None:
+        self._of = {"queries": queries, "keys": keys, "slots": slots or keys}
+        self.first = first
+        self.written = written
         self._made: dict[tuple[str, str], Tensor] = {}
 
     def queries(self, role: str) -> Tensor:
@@ -158,6 +174,10 @@ class Tokens:
         """Return the keys of a role, bool [B, Nk]."""
         return self._mask("keys", role)
 
+    def slots(self, role: str) -> Tensor:
+        """Return the tokens of a role among all so far, bool [B, T]."""
+        return self._mask("slots", role)
+
     def columns(self, role: str) -> Tensor:
         """Return the numbers [n] of the queries that have the role in some row."""
         if ("columns", role) not in self._made:
@@ -167,7 +187,8 @@ class Tokens:
 
     def at(self, columns: Tensor) -> Tokens:
         """Return the roles for some of the queries, by number [n]."""
-        return Tokens(lambda role: self.queries(role)[:, columns], self.keys)
+        few = lambda role: self.queries(role)[:, columns]  # noqa: E731
+        return Tokens(few, self.keys, self.slots, self.first, self.written)
 
     def _mask(self, side: str, role: str) -> Tensor:
         if role not in TOKEN_ROLES:
@@ -177,6 +198,21 @@ class Tokens:
         if (side, role) not in self._made:
             self._made[side, role] = self._of[side](role)
         return self._made[side, role]
+
+
+@dataclass(frozen=True)
+class Residual:
+    """The residual stream where a decoder layer reads it, before its norm.
+
+    Args:
+        hidden: [B, N, width], the tokens of this forward.
+        past: tokens before them.
+        prompt: tokens of the prompt, padding included: what comes after them was written.
+    """
+
+    hidden: Tensor
+    past: int
+    prompt: int
 
 
 @dataclass(frozen=True)
@@ -245,7 +281,11 @@ class AttentionCall:
         index: which primitive call inside this one forward of the site (several for Mochi,
             Wan I2V, IP-Adapter).
         heads: bool [H] on the CPU, the heads this control was asked to touch.
+        every_head: whether that is all of them.
+        plain: whether the stock primitive is scaled_dot_product_attention and nothing else.
         state: this control's own state of this run (what `Control.begin` returned).
+        residual: what the layer reads, where a control in the stack `reads_residual`.
+        part: which of the site's heads the tensors hold: all, except on several GPUs.
     """
 
     q: Tensor
@@ -266,6 +306,17 @@ class AttentionCall:
     state: Any = None
     run: Run | None = None
     role: str = ""
+    residual: Residual | None = None
+    every_head: bool = False
+    plain: bool = False
+    part: slice = field(default_factory=lambda: slice(None))
+
+    @classmethod
+    def quick(cls, fields: dict[str, Any]) -> AttentionCall:
+        """Return a call with these values, all of them given: __init__ costs far more."""
+        new = object.__new__(cls)
+        new.__dict__.update(fields)
+        return new
 
     def proceed(self, **changes: Any) -> Tensor:
         """Run the rest of the stack and the stock primitive.
@@ -282,9 +333,11 @@ class AttentionCall:
         entry, rest = call.rest[0], call.rest[1:]
         return entry.attend(_changed(call, rest=rest))
 
-    def seen_by(self, heads: Tensor, state: Any, role: str) -> AttentionCall:
+    def seen_by(
+        self, heads: Tensor, state: Any, role: str, every_head: bool = False
+    ) -> AttentionCall:
         """Return this call as one control of the stack sees it."""
-        return _changed(self, heads=heads, state=state, role=role)
+        return _changed(self, heads=heads, state=state, role=role, every_head=every_head)
 
     def primitive(self) -> Tensor:
         """Run the model's own attention on this call's tensors, past all controls."""
@@ -382,6 +435,17 @@ def _take_mask(
     return mask
 
 
+WrittenRow = Callable[
+    [Tensor, Tensor, Tensor, "Tensor | None", "float | None", int], "Tensor | None"
+]
+"""Attention of one written token: (q, k, v, mask, scale, first) as in an `AttentionCall` and its
+`Tokens`, to the output [B, H, 1, Dv], or None where it must be asked in the usual way."""
+
+
+def STOCK(*_: Any) -> None:
+    """The `WrittenRow` of a site where the model's own attention is left as it is."""
+
+
 @dataclass
 class ForwardCall:
     """One forward of the denoiser, seen by one control of the stack.
@@ -395,6 +459,8 @@ class ForwardCall:
         role: the name that this control's own extra rows carry.
         denoiser: attribute of the pipeline that holds the denoiser.
         cached: whether a diffusers cache is on, which needs passes of constant batch size.
+        shift: what controls added to the latents in this step, as far as it is in `inputs`.
+        model: the denoiser itself.
     """
 
     inputs: dict[str, Any]
@@ -409,6 +475,8 @@ class ForwardCall:
     rest: tuple[Entry, ...] = ()
     state: Any = None
     role: str = ""
+    shift: Tensor | None = None
+    model: Any = None
 
     def proceed(self) -> Tensor:
         """Run the rest of the stack and the denoiser.
@@ -440,6 +508,37 @@ class ForwardCall:
         inputs.update(changes)
         return replace(self, inputs=inputs, rows=Rows((role,), self.rows.n))
 
+    @property
+    def latents(self) -> Tensor:
+        """The latents [n, ...] as the denoiser is given them: scaled, other channels left out."""
+        from .hosts.latents import latents
+
+        return latents(self)
+
+    def with_latents(self, x: Tensor) -> ForwardCall:
+        """Return a call with other latents [n, ...] in every group; gradients flow to them."""
+        from .hosts.latents import with_latents
+
+        return with_latents(self, x)
+
+    def move_latents(self, x: Tensor) -> ForwardCall:
+        """Return a call with other latents [n, ...], and give them to the rest of the step.
+
+        The step's other denoiser calls and the scheduler get the difference too.
+
+        Raises:
+            HostError: for a bare denoiser, whose caller holds the latents.
+        """
+        from .hosts.latents import move
+
+        return move(self, x)
+
+    def caught_up(self) -> ForwardCall:
+        """Return the call with what `move_latents` added since in this step."""
+        from .hosts.latents import caught_up
+
+        return caught_up(self)
+
 
 def _append(name: str, old: Any, new: Tensor) -> Tensor:
     from .errors import HostError
@@ -451,6 +550,50 @@ def _append(name: str, old: Any, new: Tensor) -> Tensor:
             "the prompts must have equal token lengths here (pad them with max_sequence_length)"
         )
     return torch.cat([old, new.to(old)])
+
+
+@dataclass
+class LogitsCall:
+    """The logits of the next token of a language model, seen by one control of the stack.
+
+    Args:
+        inputs: the arguments of this forward of the whole model by name, without cache and
+            switches; always with "input_ids" [B, n] and "attention_mask" [B, past + n].
+        images: token ids that stand for images.
+        marks: ids of tokens that go around images.
+        past: tokens in the cache before this forward; 0 where a prompt is read, and in every
+            forward without a cache.
+        written: tokens of the answer so far, 0 where the prompt is read.
+        step: number of this forward since the prompt.
+        run: state of this generation.
+        base: returns the model's own logits.
+        again: runs the model on (inputs, cache or None, whether controls take part) and
+            returns the last logits [B, V] and the cache.
+        state: this control's own state of this run.
+    """
+
+    inputs: dict[str, Any]
+    images: tuple[int, ...]
+    marks: tuple[int, ...]
+    past: int
+    written: int
+    step: Step
+    run: Run
+    base: Callable[[], Tensor]
+    again: Callable[[dict[str, Any], Any, bool], tuple[Tensor, Any]]
+    rest: tuple[Entry, ...] = ()
+    state: Any = None
+
+    def proceed(self) -> Tensor:
+        """Run the rest of the stack.
+
+        Returns:
+            The logits [B, V] of the last token, float32 or wider.
+        """
+        if not self.rest:
+            return self.base()
+        entry, rest = self.rest[0], self.rest[1:]
+        return entry.decode(replace(self, rest=rest))
 
 
 @dataclass

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .control import Control
 from .errors import AttnctlWarning, ControlConflict
-from .records import AttentionCall, ForwardCall, Rows, Step
+from .records import AttentionCall, ForwardCall, LogitsCall, Rows, Step
 from .selectors import Selection
 from .sites import Sites
 
@@ -44,12 +44,16 @@ class Entry:
     steps: set[int] = field(default_factory=set)
     forwards: int = 0
     warned: bool = False
+    account: Any = None  # what the control adds to the report of its latest run
 
     def __post_init__(self) -> None:
         cls = type(self.control)
         self.attends = cls.plane("attend")
         self.denoises = cls.plane("denoise")
+        self.decodes = cls.plane("decode")
         self.schedule = self.control.schedule
+        # sites of which all heads are selected: asked for at every call
+        self.entire = {site for site, heads in self.selection.items() if bool(heads.all())}
         # role of the extra rows that this entry adds to a forward
         self.role = f"{self.control.name}/{self.serial}"
 
@@ -81,18 +85,43 @@ class Entry:
             run.states[self.serial] = self.control.begin(run, self.selection)
         return run.states[self.serial]
 
+    def close(self, run: Run) -> None:
+        """Take down what the control has to say about a run."""
+        self.account = None
+        if self.serial in run.states:
+            steps = tuple(sorted(run.steps.get(self.serial, ())))
+            self.account = self.control.account(run.states[self.serial], steps, self.sites)
+
     def attend(self, call: AttentionCall) -> Tensor:
         """Run the control's attention plane on a call."""
         assert call.run is not None
         self.calls[call.site.index] += 1
-        own = call.seen_by(self.selection[call.site.index], self.state(call.run), self.role)
+        site = call.site.index
+        heads = self.selection[site]
+        if call.part != slice(None):
+            heads = heads[call.part]
+        own = call.seen_by(heads, self.state(call.run), self.role, site in self.entire)
         return self.control.attend(own)
+
+    def attend_alone(self, call: AttentionCall) -> Tensor:
+        """Run the attention plane of a stack's only entry on a call that nobody else holds."""
+        assert call.run is not None
+        site = call.site.index
+        self.calls[site] += 1
+        call.heads, call.every_head = self.selection[site], site in self.entire
+        call.state, call.role, call.rest = self.state(call.run), self.role, ()
+        return self.control.attend(call)
 
     def denoise(self, call: ForwardCall) -> Tensor:
         """Run the control's denoiser plane on a call."""
         self.forwards += 1
         self.steps.add(call.step.index)
         return self.control.denoise(replace(call, state=self.state(call.run), role=self.role))
+
+    def decode(self, call: LogitsCall) -> Tensor:
+        """Run the control's decode plane on a call."""
+        self.forwards += 1
+        return self.control.decode(replace(call, state=self.state(call.run)))
 
 
 def check_conflicts(entries: list[Entry]) -> None:

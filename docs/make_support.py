@@ -1,6 +1,7 @@
 """Writes `docs/support.md`: which controls act on which models, tried on tiny pipelines.
 
-Run `python docs/make_support.py`; a test compares the file with `page()`. Every entry is
+Run `python docs/make_support.py`, which also writes the options of the controls' pages
+(`make_controls.py`); a test compares the file with `page()`. Every entry is
 tried: each control is installed on the family's tiny random-weight pipeline, one step is run,
 and the control's report must show that it was reached.
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import re
+import runpy
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +21,7 @@ from torch import Tensor
 import attnctl
 from attnctl.errors import AttnctlError
 from attnctl.hosts import targets
+from attnctl.processors.latent.engine import LatentControl
 from attnctl.testing import zoo
 
 PAGE = Path(__file__).parent / "support.md"
@@ -162,6 +165,12 @@ def make(cls: type[attnctl.Control], name: str) -> attnctl.Control:
         return cls(start=0.0, stop=1.0, negative=negative(name))
     if cls.name == "radial":
         return cls(start=0.0, stop=1.0, dense_layers=0, block=32)
+    if cls.name == "regulation":  # there is no prompt either
+        return cls(start=0.0, stop=1.0, targets=[[1]], restore=[0])
+    if cls.name == "spacetime":
+        return cls(start=0.0, stop=1.0, layout=[(negative(name), (0.5, 0.5))])
+    if issubclass(cls, LatentControl):
+        return cls(start=0.0, stop=1.0, words=[[1], [2]], updates=0)
     return cls(start=0.0, stop=1.0)
 
 
@@ -236,3 +245,4 @@ def _by_message(entry: Entry) -> dict[str, list[str]]:
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     PAGE.write_text(page(), encoding="utf-8")
+    runpy.run_path(str(PAGE.with_name("make_controls.py")), run_name="__main__")

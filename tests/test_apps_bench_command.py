@@ -18,7 +18,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import attnctl
-from attnctl import assets
 from attnctl.apps import cli
 from attnctl.apps.bench import cache as cache_module
 from attnctl.apps.bench.cache import Cache

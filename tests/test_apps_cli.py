@@ -203,7 +203,7 @@ def test_a_run_cut_off_leaves_nothing_behind(
             signal.raise_signal(signal.SIGINT)
         raise error("out of\nluck")
 
-    monkeypatch.setattr(generate, "_draw", cut)
+    monkeypatch.setattr(generate, "draw_rows", cut)
     (place / "a.png").write_bytes(b"old")
     code = cli.run(["generate", PROMPT, "--out", "a.png"])
     assert code == {KeyboardInterrupt: 130, ValueError: 2}.get(error, 1)
@@ -261,7 +261,36 @@ def test_one_control_in_detail(name: str, capsys: pytest.CaptureFixture[str]) ->
     for option in dataclasses.fields(cls):
         assert f"\n  {option.name}=" in out
     assert "no description" not in out
+    assert "\ncost\n  " in out and "\npaper\n  " in out and "none named" not in out
     assert max(map(len, out.split("\n"))) <= 80
+
+
+def test_the_cost_is_what_a_control_declares() -> None:
+    from attnctl.apps.controls_table import cost, papers
+
+    assert cost(attnctl.SoftPAG).startswith("one more row")
+    assert cost(attnctl.PLADIS) == "no extra rows"
+    assert "itself" in cost(attnctl.Radial)
+    authors = [text.split(",")[0] for text in papers(attnctl.PLADIS)]
+    assert authors == ["Kim and Sim", "Peters et al."]
+
+
+def completed(*words: str) -> set[str]:
+    """What a shell is offered after these words, the last of which is being typed."""
+    line = ["attnctl", *words]
+    done = attnctl_process(
+        _ATTNCTL_COMPLETE="complete_bash",
+        COMP_WORDS=" ".join(line),
+        COMP_CWORD=str(len(line) - 1),
+    )
+    return set(done.stdout.split())
+
+
+def test_shells_complete_commands_options_and_names() -> None:
+    assert completed("ba") == {"batch"}
+    assert completed("batch", "--re") == {"--retry-failed"}
+    assert completed("generate", "--model", "tiny-sd") >= {"tiny-sd", "tiny-sd3"}
+    assert completed("batch", "--control", "so") == {"softpag"}
 
 
 def test_show(capsys: pytest.CaptureFixture[str]) -> None:

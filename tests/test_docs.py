@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import importlib.util
 import re
+import subprocess
 import sys
 import types
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").r
 REGISTRY = sys.modules["attnctl.control"]._REGISTRY
 
 _BLOCK = re.compile(r"^<!-- (runs|runs on) -->\n+```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+_FILE = re.compile(r"^<!-- file: (\S+) -->\n```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 _FENCED = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
 _HEADING = re.compile(r"^#{1,6} (.+)$", re.MULTILINE)
@@ -93,8 +95,15 @@ def test_there_is_code_to_run() -> None:
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_every_python_block_is_python(page: Path) -> None:
     for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
-        inside = block if not block.lstrip().startswith('"') else f"{{\n{block}}}"
+        entries = re.match(r'\s*"(?!"")', block)  # of a dict, shown without its braces
+        inside = f"{{\n{block}}}" if entries else block
         ast.parse(inside)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_a_file_in_a_page_is_the_file(page: Path) -> None:
+    for name, code in _FILE.findall(page.read_text(encoding="utf-8")):
+        assert code == (ROOT / name).read_text(encoding="utf-8"), name
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
@@ -199,3 +208,39 @@ def test_the_support_table_is_current() -> None:
     except zoo.FamilyUnavailable as error:
         pytest.skip(f"the table is made with a newer diffusers: {error}")
     assert table.PAGE.read_text(encoding="utf-8") == made
+
+
+@pytest.mark.parametrize("name", attnctl.controls())
+def test_the_options_of_a_control_are_current(name: str) -> None:
+    """Else run `python docs/make_controls.py`."""
+    pages = script("make_controls")
+    page = (ROOT / "docs" / "controls" / f"{name}.md").read_text(encoding="utf-8")
+    assert pages.written(page, name) == page
+    for option in dataclasses.fields(attnctl.controls()[name]):
+        line = next(s for s in page.splitlines() if s.startswith(f"| `{option.name}` |"))
+        assert line.split(" | ")[-1].strip("| "), f"{name}: {option.name} has no description"
+
+
+def test_the_performance_page_is_current() -> None:
+    made = script("make_performance")
+    assert made.PAGE.read_text(encoding="utf-8") == made.page()
+
+
+def test_the_diagrams_are_current() -> None:
+    drawing = script("make_concepts")
+    for name, svg in drawing.pictures().items():
+        assert (drawing.FOLDER / name).read_text(encoding="utf-8") == svg
+
+
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs")
+    command = ["build", "--strict", "--config-file", str(ROOT / "mkdocs.yml"), "--site-dir"]
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", *command, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "controls" / "pag" / "index.html").is_file()
+    assert (tmp_path / "outside" / "CONTRIBUTING" / "index.html").is_file()

@@ -8,7 +8,10 @@ import pytest
 import torch
 
 import attnctl
+from attnctl.kernels import BlockMask, block_sparse_attention, block_sparse_backend
 from attnctl.testing import zoo
+from attnctl.testing.blocks import exact, poisoned, random_blocks, random_map
+from attnctl.testing.calls import tensors
 
 pytestmark = pytest.mark.gpu
 FAMILIES = ["sd1", "sdxl", "sd3", "sd35", "flux", "qwenimage", "wan", "hunyuanvideo", "mochi"]
@@ -120,3 +123,54 @@ def test_memory_stays_that_of_one_more_row() -> None:
             used = peak(2)
         # one row's 4096 x 4429 map for 8 heads in bf16 would be 290 MB
         assert used - stock < 200 * 2**20
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("kind", ["blocks", "partial", "heads", "all"])
+@pytest.mark.parametrize("backend", ["gluon", "triton", "flex", "fa4"])
+def test_block_sparse_backends(backend: str, kind: str, width: int, dtype: torch.dtype) -> None:
+    """Against explicit float64 maps, at most twice the error of stock attention."""
+    nq, nk = 500, 717
+    mask = {
+        "blocks": lambda: random_blocks(nq, nk, 128),
+        "partial": lambda: BlockMask.from_dense(random_map(nq, nk, block=64), 128),
+        "heads": lambda: random_blocks(nq, nk, 128, 2, 4),
+        "all": lambda: BlockMask.full(nq, nk),
+    }[kind]()
+    q, k, v = (x.to("cuda") for x in tensors(2, 4, nq, width, keys=nk, kv_heads=2, dtype=dtype))
+    try:
+        block_sparse_backend(q, k, v, mask.to("cuda"), backend)
+    except ValueError as error:
+        pytest.skip(str(error))
+    last = [x.transpose(1, 2).contiguous() for x in (q, k, v)]
+    # torch.compile, which FlexAttention needs, does not bear poisoned memory: compile before
+    block_sparse_attention(q, k, v, mask, backend=backend)
+    with poisoned():
+        runs = [
+            block_sparse_attention(q, k, v, mask, return_lse=True, backend=backend)
+            for _ in range(3)
+        ]
+        other = block_sparse_attention(*last, mask, layout="bnhd", backend=backend)
+    (out, lse), *more = runs
+    assert all(torch.equal(out, x) and torch.equal(lse, y) for x, y in more)
+    assert torch.equal(other.transpose(1, 2), out)
+    want, want_lse = exact(q.double(), k.double(), v.double(), mask.to("cuda"))
+    wide = (x.repeat_interleave(2, 1) for x in (k, v))
+    seen = mask.to("cuda").dense()
+    stock = torch.nn.functional.scaled_dot_product_attention(q, *wide, attn_mask=seen)
+    stock = stock.masked_fill(~seen.any(-1)[..., None], 0.0)
+    worst = (stock.double() - want).abs().max()
+    assert (out.double() - want).abs().max() <= 2 * worst
+    torch.testing.assert_close(lse.double(), want_lse, atol=1e-3, rtol=0)
+
+
+def test_block_sparse_attention_compiles_on_the_gpu() -> None:
+    mask = random_blocks(500, 717, 128)
+    q, k, v = (x.to("cuda") for x in tensors(1, 2, 500, 64, keys=717, dtype=torch.bfloat16))
+
+    def step(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return block_sparse_attention(q * 2, k, v, mask) + 1
+
+    compiled = torch.compile(step, fullgraph=True)
+    torch.testing.assert_close(compiled(q, k, v), step(q, k, v), atol=1e-2, rtol=1e-2)

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
 import attnctl
@@ -240,6 +241,33 @@ def test_a_static_cache_gives_the_same(name: str) -> None:
     torch.testing.assert_close(dynamic, static, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["llava", "qwen2.5-vl"])
+def test_what_generate_compiles_runs_eagerly_under_a_patch(name: str) -> None:
+    """With a static cache `generate` compiles the model's call, and keeps what it compiled."""
+    how = transformers.CompileConfig(backend="eager", fullgraph=True, mode=None)
+    how._compile_all_devices = True  # as it does on a GPU
+    static: dict[str, Any] = {"cache_implementation": "static", "compile_config": how}
+    inputs, pai = VLMS[name].inputs(), attnctl.PAI(alpha=1.0, first_layer=0)
+    for first in (True, False):  # whether the model was compiled before the patch
+        model = VLMS[name].build()
+        stock = generate(model, inputs, 3)
+        if first:
+            torch.testing.assert_close(
+                generate(model, inputs, 3, **static), stock, rtol=1e-4, atol=1e-5
+            )
+        with attnctl.patch(model, pai) as handle:
+            wanted = generate(model, inputs, 3)
+            calls = handle.report().calls
+            found = generate(model, inputs, 3, **static)
+            assert handle.report().calls == 2 * calls
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+        assert (wanted - stock).abs().max() > 1e-3
+        torch.testing.assert_close(
+            generate(model, inputs, 3, **static), stock, rtol=1e-4, atol=1e-5
+        )
+    torch._dynamo.reset()
+
+
 def test_a_loop_by_hand_equals_generate() -> None:
     """The cache that a bare forward returns knows its prompt; a copy of it does too."""
     model, inputs = built("llava"), VLMS["llava"].inputs()
@@ -400,7 +428,7 @@ def test_what_is_for_the_other_library_is_refused() -> None:
         def between(self, call: attnctl.StepCall) -> Tensor:
             return call.latents
 
-    with pytest.raises(attnctl.HostError, match="attention plane only"):
+    with pytest.raises(attnctl.HostError, match="attention and the decode plane"):
         attnctl.patch(model, Between())
     with pytest.raises(attnctl.OptionError, match="bare denoisers"):
         attnctl.patch(model, Watch(), rows=("uncond", "cond"))

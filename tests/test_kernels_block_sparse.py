@@ -216,8 +216,10 @@ def test_what_does_not_fit_is_refused():
         ((q, k, v, BlockMask.full(64, 96, 32)), {}, "64 queries and 96 keys, got 64 and 64"),
         ((q, k, v, random_blocks(64, 64, 32, 3)), {}, "3 heads, expected 1 or 2, and 1 or 4"),
         ((q, k, v, mask), {"layout": "nbhd"}, "expected 'bhnd' or 'bnhd'"),
-        ((q, k, v, mask), {"backend": "fast"}, "expected auto, triton, flex, reference"),
+        ((q, k, v, mask), {"backend": "fast"}, "expected auto, gluon, triton, flex, fa4, ref"),
         ((q, k, v, mask), {"backend": "triton"}, "'triton' cannot run here"),
+        ((q, k, v, mask), {"backend": "gluon"}, "'gluon' cannot run here: it needs a CUDA"),
+        ((q, k, v, mask), {"backend": "fa4"}, "'fa4' cannot run here: flash_attn.cute cannot"),
     ]
     for args, options, message in wrong:
         with pytest.raises(ValueError, match=message):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import attnctl
 from attnctl.hosts import targets
 from attnctl.hosts.discover import discover
+from attnctl.processors.latent.engine import LatentControl
 from attnctl.testing import zoo
 
 LISTS = ("zimage",)  # takes a list of samples
@@ -256,10 +257,15 @@ def test_all_controls_at_once(name: str) -> None:
         "nag": {"negative": negative_of(pipe)},
         "slg": {"scale": 0.3, "start": 0.0, "stop": 1.0},
         "radial": {"block": 32, "dense_layers": 0, "start": 0.0},
+        "regulation": {"targets": [[1], [2]], "restore": [0], "stop": 1.0},
+        "spacetime": {"layout": [(negative_of(pipe), (0.3, 0.5, 0.4))]},
     }
+    mild |= {key: {"words": [[1], [2]], "scale": 0.3} for key in latent_controls()}
     refused = {"nag"} if name == "mochi" else set()
     if "num_frames" not in zoo.FAMILIES[name].fixed:
         refused.add("radial")
+    if name == "latte":  # folds frames into the batch: where its tokens lie is not known
+        refused |= {"regulation", "spacetime", *latent_controls()}
     stack = []
     for key, cls in attnctl.controls().items():
         if kinds & set(cls.kinds) and key not in refused:
@@ -290,6 +296,12 @@ def test_nag_says_that_mochi_attends_to_one_row_at_a_time() -> None:
     control = attnctl.NAG(negative=negative_of(pipe))
     with pytest.raises(attnctl.HostError, match="one row at a time"), attnctl.patch(pipe, control):
         zoo.run(pipe)
+
+
+def latent_controls() -> list[str]:
+    """Controls that steer by the maps of words."""
+    known = attnctl.controls().items()
+    return [key for key, cls in known if issubclass(cls, LatentControl)]
 
 
 def negative_of(pipe: Any) -> dict[str, Tensor]:

@@ -26,7 +26,7 @@ from attnctl.processors.headhunter import HeadHunter, HeadSet
 from attnctl.processors.headhunter.forecast import Enough, Forecast
 from attnctl.processors.headhunter.gradient import gradient
 from attnctl.processors.headhunter.greedy import greedy
-from attnctl.processors.headhunter.halving import halving, ladder
+from attnctl.processors.headhunter.halving import RIDGES, effects, halving, short, stages
 from attnctl.processors.headhunter.headset import site_table_hash
 from attnctl.processors.headhunter.objective import Custom, objective, objectives
 from attnctl.processors.headhunter.rows import RowStrengths, strengths
@@ -101,37 +101,74 @@ def test_rounds_find_a_synergy_that_one_round_misses() -> None:
     assert [r.chosen[0] for r in two] == [(0, 0), (3, 5)]
 
 
-def test_halving_finds_them_within_its_budget() -> None:
+def each_of(evaluate: Any, spent: list[int]) -> Any:
+    """The same objective, a set on a picture each."""
+
+    def each(candidates: Any, pictures: Any, steps: int) -> torch.Tensor:
+        spent.append(len(candidates))
+        pairs = zip(candidates, pictures, strict=True)
+        return torch.tensor([float(evaluate([heads], [i])[0, 0]) for heads, i in pairs]).double()
+
+    return each
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.4])
+def test_halving_finds_them_within_its_budget(noise: float) -> None:
     values = shuffled_values()
     spent: list[int] = []
-    inner = additive(values, noise=0.4)
-
-    def evaluate(candidates: Any, pictures: Any, steps: int) -> torch.Tensor:
-        spent.append(len(candidates) * len(list(pictures)) * steps)
-        return inner(candidates, pictures, steps)
-
-    budget = 24 * 8 * 20 // 4
-    rounds = halving(evaluate, HEADS, 2, 3, nothing, pictures=8, steps=20, budget=budget)
+    each = each_of(additive(values, noise), spent)
+    rounds = halving(each, HEADS, 2, 3, nothing, pictures=8, steps=10, budget=96)
     wanted = sorted(HEADS, key=lambda h: -values[h])
     assert set(rounds[0].chosen) == set(wanted[:3])
     assert set(rounds[1].chosen) == set(wanted[3:6])
-    assert sum(spent) <= 2 * budget
+    assert spent[0] == 8 and sum(spent) <= 8 + 96
+    assert set(rounds[0].scores) == set(HEADS)
+    assert set(rounds[1].scores) == set(HEADS) - set(rounds[0].chosen)
+
+
+def test_halving_is_not_led_astray_by_a_picture_that_falls_apart() -> None:
+    values = shuffled_values()
+    wanted = sorted(HEADS, key=lambda h: -values[h])[:6]
+
+    def broken(candidates: Any, pictures: Any) -> torch.Tensor:
+        scores = additive(values)(candidates, pictures)
+        for row, heads in zip(scores, candidates, strict=True):
+            row -= 5000.0 * (sum(7 * a + b for a, b in heads) % 17 == 0 and len(heads) > 0)
+        return scores
+
+    (only,) = halving(each_of(broken, []), HEADS, 1, 6, nothing, pictures=8, steps=9, budget=240)
+    assert len(set(only.chosen) & set(wanted)) >= 5
+
+
+def test_effects_are_those_of_the_explicit_regression() -> None:
+    source = torch.Generator().manual_seed(2)
+    members = [(torch.rand(n, 5, generator=source) < 0.4).double() for n in (23, 31)]
+    true = torch.tensor([1.0, -2.0, 0.5, 0.0, 3.0]).double()
+    gains = [m @ true + shift for m, shift in zip(members, (7.0, -1.0), strict=True)]
+    torch.testing.assert_close(effects(members, gains), true, atol=5e-3, rtol=0)
+    noisy = [g + torch.randn(len(g), generator=source).double() for g in gains]
+    x, y = torch.cat([m - m.mean(0) for m in members]), torch.cat([g - g.mean() for g in noisy])
+    eye = torch.eye(5).double()
+    errors = {}
+    for ridge in RIDGES:
+        solve = torch.linalg.inv(x.T @ x + ridge * eye) @ x.T
+        own = (x @ solve).diagonal()
+        errors[ridge] = float((((y - x @ (solve @ y)) / (1 - own)) ** 2).mean())
+    ridge = min(errors, key=lambda r: errors[r])
+    want = torch.linalg.inv(x.T @ x + ridge * eye) @ x.T @ y
+    torch.testing.assert_close(effects(members, noisy), want, atol=1e-10, rtol=0)
 
 
 @pytest.mark.parametrize(
-    ("heads", "keep", "pictures", "steps", "part"),
-    [(64, 4, 20, 20, 0.05), (576, 24, 20, 20, 0.05), (1368, 3, 5, 15, 0.1), (7, 3, 2, 4, 1.0)],
+    ("heads", "keep", "pictures"), [(64, 8, 240), (576, 15, 5000), (7, 3, 9), (6, 6, 4)]
 )
-def test_a_ladder_narrows_and_keeps_its_budget(
-    heads: int, keep: int, pictures: int, steps: int, part: float
-) -> None:
-    budget = int(heads * pictures * steps * part)
-    rungs = ladder(heads, keep, pictures, steps, budget)
-    assert rungs[0].heads == heads and rungs[-1].heads <= max(heads, 3 * keep)
-    assert all(a.heads > b.heads for a, b in itertools.pairwise(rungs))
-    assert all(r.pictures <= pictures and r.steps <= steps for r in rungs)
-    if heads * min(6, steps) <= budget / len(rungs):
-        assert sum(r.cost for r in rungs) <= budget
+def test_stages_halve_and_keep_their_budget(heads: int, keep: int, pictures: int) -> None:
+    found = stages(heads, keep, pictures)
+    assert found[0].heads == heads and all(s.heads > keep for s in found[1:])
+    assert all(b.heads == -(-a.heads // 2) for a, b in itertools.pairwise(found))
+    assert all(1 <= s.size <= min(keep, max(1, s.heads // 2)) for s in found)
+    assert sum(s.pictures for s in found) <= pictures
+    assert (short(20), short(28), short(8), short(4)) == (10, 14, 6, 4)
 
 
 def test_gradient_lets_pictures_choose_the_window() -> None:

@@ -150,7 +150,7 @@ def test_long_prompts_are_done_in_parts(monkeypatch: pytest.MonkeyPatch) -> None
     model, inputs = VLMS["llava"].build(), VLMS["llava"].inputs()
     with attnctl.patch(model, attnctl.PAI(alpha=1.0, rows="all", first_layer=0)):
         whole = generate(model, inputs, 2)
-        monkeypatch.setattr("attnctl.processors.vlm.pai._CHUNK_ELEMENTS", 700)
+        monkeypatch.setattr("attnctl.processors.vlm.rows._CHUNK_ELEMENTS", 700)
         torch.testing.assert_close(generate(model, inputs, 2), whole, rtol=1e-5, atol=1e-5)
 
 

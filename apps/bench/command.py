@@ -30,7 +30,7 @@ from .report import report_text
 from .tasks import Request, Task, find_task, open_task
 from .trials import Outcome, Trial, run_trial, trials
 
-__all__ = ["Order", "Result", "bench_effect", "measure"]
+__all__ = ["Order", "Result", "bench_effect", "measure", "output_base"]
 
 Say = Callable[[str], None]
 _WIDEST = 100
@@ -173,17 +173,26 @@ def _checked(order: Order) -> tuple[str, Request, Path]:
     names = [parse_control(text).name for text in (order.control, *order.against) if text]
     kind, folder = find_task(order.model)
     request = Request(model=order.model, folder=folder, **settings)
-    return kind, request, _base(order, folder.name, names[0] if names else "stock")
+    stem = f"effect-{names[0] if names else 'stock'}-{folder.name}"
+    return kind, request, output_base(order.out, order.overwrite, stem)
 
 
-def _base(order: Order, model: str, control: str) -> Path:
-    """Return where the files go, without suffix, once it is sure that they can be written."""
-    stem, out = f"effect-{control}-{model}", order.out
+def output_base(out: Path | None, overwrite: bool, stem: str) -> Path:
+    """Return where a bench's files go, without suffix, once it is sure they can be written.
+
+    Args:
+        out: folder, or base name without suffix; None for this folder.
+        overwrite: whether files of that name may be replaced.
+        stem: begin of the next free name in a folder.
+
+    Raises:
+        PictureError: if they would replace others, or cannot be written.
+    """
     if out is not None and not out.expanduser().is_dir():
         base = out.expanduser()
         base = base.with_suffix("") if base.suffix in (".json", ".png") else base
         taken = [str(file) for file in _files(base) if file.exists()]
-        if taken and not order.overwrite:
+        if taken and not overwrite:
             raise PictureError(
                 f"{' and '.join(taken)} would be replaced; give another --out, or --overwrite"
             )

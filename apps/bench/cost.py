@@ -29,7 +29,7 @@ from torch import nn
 
 import attnctl
 
-__all__ = ["MODELS", "measure"]
+__all__ = ["MODELS", "Inputs", "measure", "moved_to"]
 
 Inputs = dict[str, Any]
 
@@ -57,6 +57,34 @@ def sd3_medium() -> tuple[nn.Module, Callable[[int], Inputs]]:
 def sd3_small() -> tuple[nn.Module, Callable[[int], Inputs]]:
     """A quarter of SD3-medium's blocks at 256 px, for a CPU."""
     return _sd3(6, 12, 32)
+
+
+def _sd1(**config: Any) -> tuple[nn.Module, Callable[[int], Inputs]]:
+    from diffusers import UNet2DConditionModel
+
+    model = UNet2DConditionModel(attention_head_dim=8, **config)
+    side, width = model.config.sample_size, model.config.cross_attention_dim
+    return model, lambda n: {
+        "sample": torch.randn(n, 4, side, side),
+        "timestep": torch.tensor(500),
+        "encoder_hidden_states": torch.randn(n, 77, width),
+    }
+
+
+def sd15() -> tuple[nn.Module, Callable[[int], Inputs]]:
+    """Stable Diffusion 1.5's UNet at 512 px."""
+    return _sd1(sample_size=64, cross_attention_dim=768)
+
+
+def sd_small() -> tuple[nn.Module, Callable[[int], Inputs]]:
+    """A UNet with Stable Diffusion 1.5's levels, half as deep and 1/20 as wide, for a CPU."""
+    return _sd1(
+        layers_per_block=1,
+        sample_size=16,
+        cross_attention_dim=32,
+        block_out_channels=(16, 32, 64, 64),
+        norm_num_groups=8,
+    )
 
 
 def sdxl() -> tuple[nn.Module, Callable[[int], Inputs]]:
@@ -109,12 +137,20 @@ def flux() -> tuple[nn.Module, Callable[[int], Inputs]]:
     }
 
 
-MODELS = {"sd3-medium": sd3_medium, "sd3-small": sd3_small, "sdxl": sdxl, "flux": flux}
+MODELS = {
+    "sd3-medium": sd3_medium,
+    "sd3-small": sd3_small,
+    "sd1-5": sd15,
+    "sd-small": sd_small,
+    "sdxl": sdxl,
+    "flux": flux,
+}
 
 
-def _to(value: Any, device: str, dtype: torch.dtype) -> Any:
+def moved_to(value: Any, device: str, dtype: torch.dtype) -> Any:
+    """Return the tensors of a tree on a device, floating-point ones in a dtype."""
     if isinstance(value, dict):
-        return {k: _to(v, device, dtype) for k, v in value.items()}
+        return {k: moved_to(v, device, dtype) for k, v in value.items()}
     if isinstance(value, torch.Tensor):
         return value.to(device, dtype if value.is_floating_point() else value.dtype)
     return value
@@ -164,7 +200,7 @@ def measure(
         dtype: of the floating-point inputs.
         compiled: whether the model runs under torch.compile(fullgraph=True).
     """
-    full, one = (_to(inputs(n), device, dtype) for n in (branches, 1))
+    full, one = (moved_to(inputs(n), device, dtype) for n in (branches, 1))
     rows = ("uncond", "cond")[-branches:]
     times: dict[str, list[float]] = {}
     peaks: dict[str, float] = {}

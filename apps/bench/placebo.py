@@ -8,6 +8,7 @@ the placebo, or None where the kind does not apply to the control.
 from __future__ import annotations
 
 import dataclasses
+import zlib
 from collections import Counter
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -17,11 +18,26 @@ from torch import Tensor
 
 from attnctl.control import Control
 from attnctl.errors import OptionError
+from attnctl.hosts.run import Run
 from attnctl.processors.guidance import PerturbedGuidance
+from attnctl.processors.steering import Regulation
+from attnctl.processors.vlm import PAI, VAR
+from attnctl.processors.vlm.sinks import SinkMemory
+from attnctl.records import Residual, Tokens
 from attnctl.selectors import Selection
 from attnctl.sites import Sites
+from attnctl.words.prompts import Prompt
 
-__all__ = ["KINDS", "NoPlacebo", "placebo", "placebos", "random_heads", "shuffled"]
+__all__ = [
+    "KINDS",
+    "NoPlacebo",
+    "other_prompt_tokens",
+    "other_tokens",
+    "placebo",
+    "placebos",
+    "random_heads",
+    "shuffled",
+]
 
 Maker = Callable[[Control, Sites, int], Control | None]
 KINDS: dict[str, Maker] = {}
@@ -139,6 +155,32 @@ def _spans(numbers: list[int]) -> list[str]:
     return [f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs]
 
 
+@placebo("other prompt tokens")
+def other_prompt_tokens(control: Control, sites: Sites, seed: int) -> Control | None:
+    """Return the control with as many tokens of the text drawn at random, none of its own.
+
+    Args:
+        control: Attention Regulation; None is returned for others.
+        sites: the model's sites.
+        seed: of the draw, with the prompt.
+    """
+    if not isinstance(control, Regulation):
+        return None
+
+    class OtherTokens(type(control)):  # type: ignore[misc]
+        name: ClassVar[str] = f"{control.name}-other-tokens"
+
+        def groups(self, prompt: Prompt) -> list[list[int]]:
+            mine: list[list[int]] = super().groups(prompt)
+            taken = {*prompt.borders(), *(p for one in mine for p in one)}
+            others = [p for p in range(prompt.length()) if p not in taken]
+            drawn = torch.Generator().manual_seed(seed + zlib.crc32((prompt.text or "").encode()))
+            order = iter(torch.randperm(len(others), generator=drawn).tolist())
+            return [[others[i] for _, i in zip(one, order, strict=False)] for one in mine]
+
+    return OtherTokens(**_options(control))
+
+
 def shuffled(control: PerturbedGuidance) -> PerturbedGuidance:
     """Return a placebo: each sample gets its neighbour's term, of the same strength.
 
@@ -152,7 +194,85 @@ def shuffled(control: PerturbedGuidance) -> PerturbedGuidance:
         def direction(self, cond: Tensor, weak: Tensor) -> Tensor:
             return super().direction(cond, weak).roll(1, dims=0)
 
+    return Shuffled(**_options(control))
+
+
+def _options(control: Control) -> dict[str, Any]:
+    return {f.name: getattr(control, f.name) for f in dataclasses.fields(control)}
+
+
+@placebo("other tokens")
+def other_tokens(control: Control, sites: Sites, seed: int) -> Control | None:
+    """Return a control of a language model that takes other tokens for what it acts on.
+
+    PAI raises the text in place of the image; VAR takes as many image tokens, drawn at random,
+    for the image's sinks. None is returned for other controls.
+
+    Args:
+        control: any control.
+        sites: the model's sites.
+        seed: of the draw.
+    """
     options: dict[str, Any] = {
         f.name: getattr(control, f.name) for f in dataclasses.fields(control)
     }
-    return Shuffled(**options)
+    if isinstance(control, PAI):
+        return TextRaised(**options)
+    if isinstance(control, VAR):
+        return RandomSinks(**options, seed=seed)
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class TextRaised(PAI):
+    """PAI that raises the text."""
+
+    name: ClassVar[str] = "pai-text"
+
+    def raised(self, tokens: Tokens) -> Tensor:
+        """Return the text."""
+        return tokens.keys("text")
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomSinks(VAR):
+    """VAR that takes as many image tokens, drawn at random, for the image's sinks.
+
+    Args:
+        seed: of the draw.
+    """
+
+    seed: int = 0
+
+    name: ClassVar[str] = "var-random"
+
+    def begin(self, run: Run, selection: Selection) -> SinkMemory:
+        """Return a memory of random tokens."""
+        draw = torch.Generator().manual_seed(self.seed)
+        return RandomMemory(self.sink_dims, self.tau, self.protect, draw)
+
+
+class RandomMemory(SinkMemory):
+    """Draws image tokens in place of the image's sinks, as many in each row.
+
+    Args:
+        dims: as in `SinkMemory`.
+        tau: as in `SinkMemory`.
+        protect: as in `SinkMemory`.
+        draw: source of the draws.
+    """
+
+    def __init__(
+        self, dims: tuple[int, ...], tau: float, protect: tuple[int, ...], draw: torch.Generator
+    ) -> None:
+        super().__init__(dims=dims, tau=tau, protect=protect)
+        self.draw = draw
+
+    def found(self, residual: Residual, tokens: Tokens) -> Tensor:
+        """Return the text's sinks and random image tokens."""
+        sinks = super().found(residual, tokens)
+        image = tokens.slots("image")[:, residual.past :]
+        order = torch.rand(sinks.shape, generator=self.draw).to(sinks.device)
+        rank = order.masked_fill(~image, 2.0).argsort(1).argsort(1)
+        many = (sinks & image).sum(1, keepdim=True)
+        return (sinks & ~image) | (image & (rank < many))

@@ -14,6 +14,7 @@ from tqdm import tqdm
 import attnctl
 from attnctl.apps.chosen import Chosen
 
+from . import placebo_latent  # noqa: F401  (registers its placebos)
 from .cache import Cache
 from .placebo import placebos
 from .tasks import Task

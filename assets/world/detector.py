@@ -88,7 +88,9 @@ def detector(device: torch.device | str = "cpu") -> Detector:
 
 @lru_cache(maxsize=4)
 def _cached(path: Path, device: str) -> Detector:
-    return load(path).to(device)
+    # it outlives the caller, who may be in inference mode; later ones may want gradients
+    with torch.inference_mode(False):
+        return load(path).to(device)
 
 
 def as_tensor(images: Images) -> Tensor:

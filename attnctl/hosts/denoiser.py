@@ -24,6 +24,7 @@ from .adopt import Uncopied, adopt, original_class, release
 from .batch import extend_inputs, take_inputs
 from .checkpoint import checkpointed
 from .families import Geometry, family_of, spans
+from .parallel import check_parallel, parallelism
 from .run import LOCAL, Run
 
 __all__ = ["Binding", "Forward", "binding_of"]
@@ -89,6 +90,7 @@ class Binding(Uncopied):
         for entry in entries:
             self._check_processors(entry)
         self._check_cache(entries)
+        check_parallel(self.module, entries, bool(self.compiled))
         self.entries += entries
         self._rehook()
 
@@ -221,6 +223,8 @@ class Binding(Uncopied):
         if not entries:
             self._warn_outside()
             return stock(*args, **kwargs)
+        # parallelism may have come after the patch
+        check_parallel(self.module, entries, bool(self.compiled))
         inputs = self.name_inputs(args, kwargs)
         sample = next(iter(inputs.values()))
         if not isinstance(sample, Tensor):
@@ -232,6 +236,8 @@ class Binding(Uncopied):
         rows = run.rows(sample.shape[0])
         run.calls_in_step += 1
         run.last = self
+        for entry in entries:
+            run.steps.setdefault(entry.serial, set()).add(step.index)
         active = [e for e in entries if e.active(step)]
         if not active:
             # by name like the calls of other steps: compiled code tells the forms apart
@@ -337,7 +343,8 @@ class Forward:
             denoiser=self.denoiser,
             cached=bool(getattr(self.binding.module, "is_cache_enabled", False)),
             rest=tuple(e for e in self.active if e.denoises),
-        )
+            model=self.binding.module,
+        ).caught_up()
         sample = call.proceed()
         assert self.wrap is not None  # some control ran the model
         return self.wrap(sample)
@@ -368,9 +375,18 @@ class Forward:
         return sample
 
     def _check_touched(self, rows: Rows) -> None:
-        """Warn once of a control whose sites made no attention call in a whole forward."""
+        """Warn once of a control whose sites made no attention call in a whole forward.
+
+        Raises:
+            HostError: on several GPUs, where no cache explains it.
+        """
         for entry in self.active:
             if not entry.calls and any(entry.wants(site, rows) for site in entry.selection):
+                if parallelism(self.binding.module):
+                    raise HostError(
+                        f"{entry.control} reached no attention call of a model under context "
+                        "parallelism: leave torch.compile, caches or the parallelism out"
+                    )
                 entry.warn_untouched()
 
     @contextlib.contextmanager
@@ -395,14 +411,23 @@ class Forward:
 
     # -- attention plane -----------------------------------------------------------------
 
-    def attend(self, site: int, index: int, *call: Any) -> Tensor:
+    def wanting(self, site: int) -> tuple[Entry, ...]:
+        """Return the entries whose attention plane acts at a site."""
+        return tuple(e for e in self.active if e.wants(site, self.rows))
+
+    def attend(self, site: int, index: int, *call: Any, part: slice | None = None) -> Tensor:
         """Run the attention plane of one primitive call; see `tap._attend`."""
         q, k, v, mask, scale, is_causal, gqa, base = call
-        rest = tuple(e for e in self.active if e.wants(site, self.rows))
+        rest = self.wanting(site)
         if self._is_ip(self.binding.sites[site], index, q, k):
             rest = tuple(e for e in rest if "cross" in e.control.kinds)
         if not rest:
             return base(*call[:-1])
+        if part is None and parallelism(self.binding.module):
+            raise HostError(
+                f"{self.binding.sites[site]} does not exchange its tokens with the other "
+                f"processes, so {rest[0].control} would see a part of them: choose other sites"
+            )
         return AttentionCall(
             q, k, v, mask, scale, is_causal, gqa,
             site=self.binding.sites[site],
@@ -413,6 +438,7 @@ class Forward:
             base=base,
             rest=rest,
             run=self.run,
+            part=slice(None) if part is None else part,
         ).proceed()  # fmt: skip
 
     @staticmethod

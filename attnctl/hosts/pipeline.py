@@ -16,6 +16,7 @@ from ..stack import Entry
 from .adopt import Uncopied, adopt, original_class, release
 from .denoiser import DENOISERS, ORPHAN, SLOT, Binding, binding_of
 from .families import family_of
+from .latents import shifted
 from .run import LOCAL, Run, batch_of
 
 if TYPE_CHECKING:
@@ -87,11 +88,14 @@ class PipelineBinding(Uncopied):
         before = LOCAL.run
         try:
             self._follow()
-            LOCAL.run = self._start(args, kwargs)
+            LOCAL.run = run = self._start(args, kwargs)
             for entry in self.entries():
                 if not entry.control.neutral:
-                    entry.state(LOCAL.run)
-            return stock(*args, **kwargs)
+                    entry.state(run)
+            out = stock(*args, **kwargs)
+            for entry in self.entries():
+                entry.close(run)
+            return out
         finally:
             LOCAL.run = before
             self.lock.release()
@@ -163,9 +167,10 @@ class SchedulerCalls:
 
     def scale_model_input(self, sample: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         run = _run_of(self)
+        out: Tensor = super().scale_model_input(sample, *args, **kwargs)  # type: ignore[misc]
         if run is not None:
-            run.raw_latents = sample
-        return super().scale_model_input(sample, *args, **kwargs)  # type: ignore[misc]
+            run.raw_latents, run.scaled_latents = sample, out
+        return out
 
     def step(
         self, model_output: Any, timestep: Any, sample: Any, *args: Any, **kwargs: Any
@@ -178,6 +183,7 @@ class SchedulerCalls:
             if run.replaced_latents.shape != sample.shape:
                 raise _mixed(run)
             sample = run.replaced_latents.to(sample.dtype)
+        sample = shifted(run, sample)
         out = stock(model_output, timestep, sample, *args, **kwargs)
         run.advance()
         if run.index >= run.count:
@@ -207,6 +213,7 @@ def _apply(run: Run, latents: Tensor) -> Tensor:
 
 def _between_steps(run: Run, out: Any) -> Any:
     old = out[0] if isinstance(out, tuple) else out.prev_sample
+    run.latent_shape = tuple(old.shape[1:])
     new = _apply(run, old)
     if new is old:
         return out

@@ -72,10 +72,14 @@ class Run:
     last: Any = None  # binding of the denoiser that was called last
     calls_in_step: int = 0
     states: dict[int, Any] = field(default_factory=dict)
+    steps: dict[int, set[int]] = field(default_factory=dict)  # by entry: its denoiser's
     cache: dict[Any, Any] = field(default_factory=dict)
     initial_latents: Tensor | None = None
     raw_latents: Tensor | None = None
     replaced_latents: Tensor | None = None
+    scaled_latents: Tensor | None = None  # what scale_model_input made of raw_latents
+    latent_shape: tuple[int, ...] = ()  # of one sample, as the scheduler gave it back
+    shift: Tensor | None = None  # what controls added to the denoiser's latents in this step
     _last_time: float | None = None
 
     @property
@@ -124,6 +128,7 @@ class Run:
             if time > last:
                 self.index = 0
                 self.states.clear()
+                self.steps.clear()
             else:
                 self.index += 1
             self.calls_in_step = 0
@@ -142,7 +147,8 @@ class Run:
         """Note that the scheduler has made a step."""
         self.index += 1
         self.calls_in_step = 0
-        self.initial_latents = self.replaced_latents = None
+        self.initial_latents = self.replaced_latents = self.shift = None
+        self.raw_latents = self.scaled_latents = None
 
     def rows(self, batch: int) -> Rows:
         """Return the roles of a denoiser call with this batch size.

@@ -32,10 +32,11 @@ from torch import Tensor
 
 from ..errors import AttnctlWarning, HostError
 from .adopt import Uncopied, adopt, original_class, release
+from .parallel import attend_whole
 from .run import LOCAL
 
 if TYPE_CHECKING:
-    from .denoiser import Binding
+    from .denoiser import Binding, Forward
 
 __all__ = [
     "SiteRef",
@@ -271,15 +272,17 @@ def _tapped_dispatch(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         parallel_config: Any = None,
         **more: Any,
     ) -> Tensor:
-        def stock(q: Tensor, k: Tensor, v: Tensor, m: Any, s: Any, c: bool, g: bool) -> Tensor:
+        def stock(
+            q: Tensor, k: Tensor, v: Tensor, m: Any, s: Any, c: bool, g: bool, parallel: Any = None
+        ) -> Tensor:
             return original(
                 q, k, v, m, dropout_p, c, s, g, attention_kwargs,
-                backend=backend, parallel_config=parallel_config, **more,
+                backend=backend, parallel_config=parallel, **more,
             )  # fmt: skip
 
         if torch.compiler.is_compiling():
             if LOCAL.site is not None:
-                _refuse(attn_mask, parallel_config)
+                _refuse(attn_mask)
                 attn_mask = _key_mask(attn_mask, query, key)
                 # layout [B, H, N, D] for the operator: views only
                 out = torch.ops.attnctl.attend(
@@ -289,7 +292,10 @@ def _tapped_dispatch(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
                 )  # fmt: skip
                 return out.transpose(1, 2)
         elif LOCAL.ref is not None:
-            _refuse(attn_mask, parallel_config)
+            _refuse(attn_mask)
+            if parallel_config is not None:
+                call = query, key, value, attn_mask, scale, is_causal, enable_gqa
+                return _whole(LOCAL.ref, _next_index(), call, stock, parallel_config)
             attn_mask = _key_mask(attn_mask, query, key)
             out = _attend(
                 LOCAL.ref, _next_index(),
@@ -297,7 +303,9 @@ def _tapped_dispatch(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
                 attn_mask, scale, is_causal, enable_gqa, _tokens_first(stock),
             )  # fmt: skip
             return out.transpose(1, 2)
-        return stock(query, key, value, attn_mask, scale, is_causal, enable_gqa)
+        return stock(
+            query, key, value, attn_mask, scale, is_causal, enable_gqa, parallel_config
+        )  # fmt: skip
 
     return dispatch_attention_fn
 
@@ -309,13 +317,7 @@ def _next_index() -> int:
     return index
 
 
-def _refuse(mask: Any, parallel_config: Any) -> None:
-    if parallel_config is not None:
-        raise HostError(
-            "this model runs under context parallelism, where one attention call sees only a "
-            "part of the sequence; no control supports that yet: undo the patch or the "
-            "parallelism"
-        )
+def _refuse(mask: Any) -> None:
     if mask is not None and not isinstance(mask, Tensor):
         raise HostError(
             f"this model gives attention a {type(mask).__name__} as mask; no control supports "
@@ -352,19 +354,61 @@ def _tokens_first(stock: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return base
 
 
-def _attend(ref: SiteRef, index: int, *call: Any) -> Tensor:
-    """Run the stack of the site `ref` on (q, k, v, mask, scale, is_causal, gqa, base)."""
+def _acting(ref: SiteRef) -> Forward | None:
+    """Return the forward that controls take part in, None if the call goes on as it is."""
     binding, forward = ref.binding(), LOCAL.forward
-    if binding is None or forward is None or forward.binding is not binding:
-        if binding is not None and LOCAL.inside is not binding:
-            binding.bypassed()
+    if binding is not None and forward is not None and forward.binding is binding:
+        return forward
+    if binding is not None and LOCAL.inside is not binding:
+        binding.bypassed()
+    return None
+
+
+def _attend(ref: SiteRef, index: int, *call: Any, part: slice | None = None) -> Tensor:
+    """Run the stack of the site `ref` on (q, k, v, mask, scale, is_causal, gqa, base).
+
+    Under context parallelism `part` says which heads of the site these are.
+    """
+    forward = _acting(ref)
+    if forward is None:
         return call[-1](*call[:-1])
     # a control may itself call attention: that one must not come back here
     before, LOCAL.ref = LOCAL.ref, None
     try:
-        return forward.attend(ref.index, index, *call)
+        return forward.attend(ref.index, index, *call, part=part)
     finally:
         LOCAL.ref = before
+
+
+# -- on several GPUs ---------------------------------------------------------------------
+
+
+def _whole(
+    ref: SiteRef, index: int, call: tuple[Any, ...], stock: Callable[..., Tensor], config: Any
+) -> Tensor:
+    """Run the stack inside the exchange of tokens for heads; without a control, the stock call.
+
+    Args:
+        ref: the site.
+        index: primitive call of this forward of the site.
+        call: (query, key, value, mask, scale, is_causal, gqa), this process's tokens
+            [B, n, H, D].
+        stock: the original on such a call, with the config as one more argument.
+        config: diffusers' ParallelConfig.
+    """
+    forward = _acting(ref)
+    if forward is None or not forward.wanting(ref.index):
+        return stock(*call, config)
+    base = _tokens_first(stock)
+
+    def stack(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        *how, part = rest
+        return _attend(ref, index, q, k, v, *how, base, part=part).transpose(1, 2)
+
+    query, key, value, mask, scale, is_causal, gqa = call
+    mask = _key_mask(mask, query, key)
+    return attend_whole(stack, query, key, value, mask, scale, is_causal, gqa, config)
 
 
 # -- under torch.compile -----------------------------------------------------------------

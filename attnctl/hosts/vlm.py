@@ -11,21 +11,24 @@ import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import HostError
-from ..records import AttentionCall, Rows, Spans, Step, Tokens
+from ..records import STOCK, AttentionCall, Residual, Rows, Spans, Step, WrittenRow
 from ..sites import Sites
 from ..stack import Entry, check_conflicts
 from .adopt import Uncopied, adopt, original_class, release
 from .vlm_discover import decoder_of
+from .vlm_logits import Heard, Prompt, check_speaker, speak
 from .vlm_tap import DecoderSite, hook_site, primitive, stock_attention, unhook_site
 from .vlm_tokens import Sequence, image_ids, label, tokens_of
 
 __all__ = ["DecoderBinding"]
+
+_NO_HEADS, _ALL = torch.empty(0), slice(None)
 
 SLOT = "_attnctl"
 """Where a decoder keeps its binding, and a cache what is known of its tokens."""
@@ -33,11 +36,12 @@ SLOT = "_attnctl"
 
 @dataclass(eq=False)
 class _Given:
-    """Token ids [B, N], padding mask [B, N] and image ids of a call of the whole model."""
+    """Token ids [B, N], padding mask [B, N], image ids and inputs of a call of the whole model."""
 
     ids: Tensor | None
     mask: Tensor | None
     images: tuple[int, ...]
+    inputs: dict[str, Any]
     sequence: Sequence | None = None  # of a generation without a cache
 
     @classmethod
@@ -46,7 +50,7 @@ class _Given:
         mask = kwargs.get("attention_mask")
         flat = isinstance(mask, Tensor) and mask.ndim == 2
         found = image_ids(model.config)
-        return cls(ids if _are_ids(ids) else None, mask if flat else None, found)
+        return cls(ids if _are_ids(ids) else None, mask if flat else None, found, kwargs)
 
     def labels(self, rows: int, n: int) -> Tensor | None:
         """Return the labels of the last n tokens, None if these are not all ids."""
@@ -67,6 +71,8 @@ class _Local(threading.local):
     forward: Forward | None = None
     model: _Given | None = None  # call of the whole model under way
     generation: _Given | None = None  # generate call under way
+    heard: Heard | None = None  # what the decoder read in the model's call under way
+    aside: Literal["no", "stock", "controlled"] = "no"  # inside a second pass of the model
 
 
 LOCAL = _Local()
@@ -81,13 +87,26 @@ class ModelCalls:
     @torch.compiler.disable
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         stock = super().__call__  # type: ignore[misc]
-        before = LOCAL.model
-        if before is None:  # the outermost call knows most
-            LOCAL.model = _Given.to(self, args, kwargs)
-        try:
+        if LOCAL.model is not None:  # the outermost call knows most
             return stock(*args, **kwargs)
+        LOCAL.model, LOCAL.heard = _Given.to(self, args, kwargs), None
+        try:
+            out = stock(*args, **kwargs)
         finally:
-            LOCAL.model = before
+            LOCAL.model, heard, LOCAL.heard = None, LOCAL.heard, None
+        if heard is None or not heard.entries:
+            return out
+        return speak(
+            self, heard, (args, kwargs), _prompt(), out,
+            lambda inputs, controlled: _beside(self, stock, inputs, controlled),
+        )  # fmt: skip
+
+    def get_compiled_call(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the eager call where `generate` would compile it (static caches).
+
+        A call that was compiled before the patch is not taken either, and is there after it.
+        """
+        return self.__call__
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Note the prompt."""
@@ -99,6 +118,27 @@ class ModelCalls:
             LOCAL.generation = before
 
 
+def _prompt() -> Prompt | None:
+    """Return the prompt of the generation under way."""
+    given = LOCAL.generation
+    if given is None or given.ids is None:
+        return None
+    return Prompt(given.ids, given.mask, given.inputs)
+
+
+def _beside(
+    model: Any, stock: Callable[..., Any], inputs: dict[str, Any], controlled: bool
+) -> Any:
+    """Run a model's unpatched call on a second prompt, beside the generation under way."""
+    before = LOCAL.model, LOCAL.generation, LOCAL.aside
+    LOCAL.model, LOCAL.generation = _Given.to(model, (), inputs), None
+    LOCAL.aside = "controlled" if controlled else "stock"
+    try:
+        return stock(**inputs)
+    finally:
+        LOCAL.model, LOCAL.generation, LOCAL.aside = before
+
+
 class DecoderCalls:
     """Mixin put in front of the decoder's class while it is patched."""
 
@@ -107,6 +147,21 @@ class DecoderCalls:
         stock = super().__call__  # type: ignore[misc]
         binding = self.__dict__.get(SLOT)
         return stock(*args, **kwargs) if binding is None else binding.call(stock, args, kwargs)
+
+
+class LayerCalls:
+    """Mixin put in front of a layer's class while a control reads what goes into it."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        stock = super().__call__  # type: ignore[misc]
+        forward = LOCAL.forward
+        if forward is None or self not in forward.binding.listened:
+            return stock(*args, **kwargs)
+        forward.stream = args[0] if args else kwargs["hidden_states"]
+        try:
+            return stock(*args, **kwargs)
+        finally:
+            forward.stream = None  # every layer's input at once would be much memory
 
 
 class DecoderBinding(Uncopied):
@@ -126,6 +181,9 @@ class DecoderBinding(Uncopied):
         self.signature = inspect.signature(cls.forward)
         self.entries: list[Entry] = []
         self.hooked: set[int] = set()
+        self.listened: set[Any] = set()
+        # by the active entries and site; they are the same at almost every token
+        self.acting: dict[tuple[int, ...], dict[int, tuple[Entry, ...]]] = {}
         self.around: list[tuple[weakref.ref[Any], list[Entry]]] = []
 
     @classmethod
@@ -148,11 +206,13 @@ class DecoderBinding(Uncopied):
 
         Raises:
             ControlConflict: if the stack cannot work; nothing is changed then.
-            HostError: if a control works on other planes than attention; nothing is changed.
+            HostError: if a control works on a plane that this model lacks; nothing is changed.
         """
         check_conflicts([*self.entries, *entries])
         for entry in entries:
             _check_planes(entry)
+            if entry.decodes:
+                check_speaker(model, entry.control)
         for module in self.modules:
             stock_attention(module)
         self.entries += entries
@@ -174,7 +234,8 @@ class DecoderBinding(Uncopied):
             release(self.module)
 
     def _rehook(self) -> None:
-        acting = [e for e in self.entries if not e.control.neutral]
+        self.acting.clear()
+        acting = [e for e in self.entries if e.attends and not e.control.neutral]
         wanted = {index for entry in acting for index in entry.selection}
         for index in self.hooked - wanted:
             unhook_site(self.modules[index])
@@ -182,6 +243,17 @@ class DecoderBinding(Uncopied):
         for index in wanted - self.hooked:
             hook_site(self.modules[index], DecoderSite(self, index))
             self.hooked.add(index)
+        self._listen({i for e in acting if e.control.reads_residual for i in e.selection})
+
+    def _listen(self, wanted: set[int]) -> None:
+        """Follow the residual stream of these sites' layers, and of no others."""
+        inside = {self.modules[index] for index in wanted}
+        layers = {m for m in self.module.modules() if inside & {*m.children()}}
+        for layer in self.listened - layers:
+            release(layer)
+        for layer in layers - self.listened:
+            adopt(layer, LayerCalls)
+        self.listened = layers
 
     # -- calls ---------------------------------------------------------------------------
 
@@ -200,8 +272,11 @@ class DecoderBinding(Uncopied):
         if hasattr(made, "get_seq_length"):  # made inside the decoder: goes on in the next call
             made.__dict__[SLOT] = forward.sequence
         for entry in forward.active:
-            if not entry.calls:
+            if entry.attends and not entry.calls:
                 entry.warn_untouched()
+        if LOCAL.aside == "no":
+            given = made if hasattr(made, "get_seq_length") else bound.get("past_key_values")
+            LOCAL.heard = forward.heard(given)
         return out
 
     def _forward(self, inputs: dict[str, Any]) -> Forward:
@@ -218,9 +293,17 @@ class DecoderBinding(Uncopied):
         step = Step(sequence.steps, 0)
         sequence.steps += 1
         active = [e for e in self.entries if e.active(step)]
+        if LOCAL.aside == "stock":
+            active = []
         for entry in active:
             entry.steps.add(step.index)
-        return Forward(self, sequence, step, active, Rows(("cond",), rows), past)
+        key = tuple(e.serial for e in active)
+        acting, written = self.acting.setdefault(key, {}), None
+        if n == 1 and past >= sequence.prompt:
+            written = sequence.rows.setdefault((key, rows), {})
+        return Forward(
+            self, sequence, step, active, Rows(("cond",), rows), past, n, acting, written
+        )
 
     def attend(
         self, site: int, module: nn.Module, call: tuple[Any, ...], kwargs: dict[str, Any]
@@ -242,7 +325,7 @@ def _check_planes(entry: Entry) -> None:
         if type(entry.control).plane(plane):
             raise HostError(
                 f"{entry.control} works on the {plane!r} plane of a diffusion model; a language "
-                "model has the attention plane only"
+                "model has the attention and the decode plane"
             )
 
 
@@ -279,7 +362,7 @@ def _read(sequence: Sequence, inputs: dict[str, Any], rows: int, n: int, past: i
     generation = LOCAL.generation
     ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
     flat = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
-    own = _Given(ids, flat, () if LOCAL.model is None else LOCAL.model.images)
+    own = _Given(ids, flat, () if LOCAL.model is None else LOCAL.model.images, {})
     if LOCAL.model is not None and LOCAL.model.ids is not None:
         own = LOCAL.model
     labels = own.labels(rows, n)
@@ -313,6 +396,26 @@ def _begins(generation: Any, own: _Given, past: int, n: int) -> bool:
     return torch.equal(own.ids[:, :most], repeated[:, :most])
 
 
+def _written(
+    row: WrittenRow,
+    total: int,
+    module: nn.Module,
+    call: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> tuple[Tensor, Tensor | None] | None:
+    """Run what is known to be done to a written token, past the stack; None if it declines."""
+    out: tuple[Tensor, Tensor | None]
+    if row is STOCK:
+        out = stock_attention(module)(module, *call, **kwargs)
+    else:
+        q, k, v, mask = call
+        found = row(q, k, v, mask, kwargs.get("scaling"), max(0, total - k.shape[2]))
+        if found is None:
+            return None
+        out = found.transpose(1, 2).contiguous(), None
+    return out
+
+
 @dataclass(eq=False)
 class Forward:
     """One call of a decoder that some controls take part in.
@@ -324,6 +427,9 @@ class Forward:
         active: entries that act, outermost first.
         rows: roles of the batch rows: all "cond".
         past: tokens in the cache before this forward.
+        n: tokens that it reads.
+        acting: entries with something to do, by site; filled as they are asked for.
+        written: by site, what is known to be done to written tokens; None for others.
     """
 
     binding: DecoderBinding
@@ -332,35 +438,65 @@ class Forward:
     active: list[Entry]
     rows: Rows
     past: int
+    n: int
+    acting: dict[int, tuple[Entry, ...]]
+    written: dict[int, tuple[Entry, WrittenRow]] | None = None
     known: dict[Any, Spans] = field(default_factory=dict)
+    stream: Tensor | None = None  # what the layer under way reads
+
+    def heard(self, cache: Any) -> Heard:
+        """Return what the decode plane is to know of this forward."""
+        entries = tuple(e for e in self.active if e.decodes)
+        return Heard(entries, self.sequence, self.step, cache, self.past, self.n)
 
     def attend(
         self, site: int, module: nn.Module, call: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Tensor, Tensor | None]:
         """Run the attention plane of one site."""
         q, k, v, mask = call
-        rest = tuple(e for e in self.active if e.wants(site, self.rows))
+        known = None if self.written is None else self.written.get(site)
+        if known is not None:
+            row = _written(known[1], self.past + 1, module, call, kwargs)
+            if row is not None:
+                known[0].calls[site] += 1
+                return row
+        rest = self.acting.get(site)
+        if rest is None:
+            rest = tuple(e for e in self.active if e.wants(site, self.rows))
+            self.acting[site] = rest
         if not rest:
             out: tuple[Tensor, Tensor | None] = stock_attention(module)(module, *call, **kwargs)
             return out
-        base, causal = primitive(module, mask, kwargs)
-        causal, grouped = causal and q.shape[2] > 1, q.shape[1] != k.shape[1]
-        made = AttentionCall(
-            q, k, v, mask, kwargs.get("scaling"), causal, grouped,
-            site=self.binding.sites[site],
-            rows=self.rows,
-            step=self.step,
-            index=0,
-            spans_of=self._spans,
-            base=base,
-            rest=rest,
-            run=self.sequence.run,
-        ).proceed()  # fmt: skip
-        return made.transpose(1, 2).contiguous(), None
+        base, causal, plain = primitive(module, mask, kwargs)
+        made = AttentionCall.quick(
+            {
+                "q": q, "k": k, "v": v, "mask": mask, "scale": kwargs.get("scaling"),
+                "is_causal": causal and q.shape[2] > 1, "enable_gqa": q.shape[1] != k.shape[1],
+                "site": self.binding.sites[site], "rows": self.rows, "step": self.step,
+                "index": 0, "spans_of": self._spans, "base": base, "rest": rest,
+                "heads": _NO_HEADS, "state": None, "run": self.sequence.run, "role": "",
+                "residual": self._residual(), "every_head": False, "plain": plain, "part": _ALL,
+            }
+        )  # fmt: skip
+        if len(rest) > 1:
+            return made.proceed().transpose(1, 2).contiguous(), None
+        new = rest[0].attend_alone(made)
+        if self.written is not None:
+            later = rest[0].control.written(made)
+            if later is not None:
+                self.written[site] = rest[0], later
+        return new.transpose(1, 2).contiguous(), None
+
+    def _residual(self) -> Residual | None:
+        if self.stream is None:
+            return None
+        return Residual(self.stream, self.past, self.sequence.prompt)
 
     def _spans(self, call: AttentionCall) -> Spans:
-        nq, nk, device = call.q.shape[2], call.k.shape[2], call.q.device
-        if (nq, nk, device) not in self.known:
-            tokens: Tokens = tokens_of(self.sequence, self.past, call.q.shape[0], nq, nk, device)
-            self.known[nq, nk, device] = Spans((), (), tokens=tokens)
-        return self.known[nq, nk, device]
+        q, nk = call.q, call.k.shape[2]
+        at = q.shape[2], nk, q.device
+        found = self.known.get(at)
+        if found is None:
+            tokens = tokens_of(self.sequence, self.past, q.shape[0], at[0], nk, at[2])
+            found = self.known[at] = Spans((), (), tokens=tokens)
+        return found

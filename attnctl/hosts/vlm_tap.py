@@ -8,6 +8,7 @@ the model stays on its fast attention and nothing of the config is changed.
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -89,12 +90,18 @@ def unhook_site(module: torch.nn.Module) -> None:
     module.__dict__.pop(_REF, None)
 
 
-def _register() -> None:
-    """Make our name known to transformers; without a patch nobody asks for it."""
+@functools.cache
+def _interface() -> Any:
+    """Return the attention interface of transformers, imported late and once."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    if NAME not in ALL_ATTENTION_FUNCTIONS.valid_keys():
-        ALL_ATTENTION_FUNCTIONS.register(NAME, _attend)
+    return ALL_ATTENTION_FUNCTIONS
+
+
+def _register() -> None:
+    """Make our name known to transformers; without a patch nobody asks for it."""
+    if NAME not in _interface().valid_keys():
+        _interface().register(NAME, _attend)
 
 
 def stock_attention(module: torch.nn.Module) -> Callable[..., Any]:
@@ -103,8 +110,6 @@ def stock_attention(module: torch.nn.Module) -> Callable[..., Any]:
     Raises:
         HostError: if it is one whose masks a control cannot read.
     """
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
     name = module.__dict__["config"]._attn_implementation
     if name not in _FAST:
         raise HostError(
@@ -116,7 +121,7 @@ def stock_attention(module: torch.nn.Module) -> Callable[..., Any]:
             "eager_attention_forward"
         ]
         return stock
-    found: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS[name]
+    found: Callable[..., Any] = _interface()[name]
     return found
 
 
@@ -146,22 +151,21 @@ def _attend(
 
 def primitive(
     module: Any, mask: Tensor | None, kwargs: dict[str, Any]
-) -> tuple[Callable[..., Tensor], bool]:
-    """Return the module's own attention as the `base` of a call, and its `is_causal`.
+) -> tuple[Callable[..., Tensor], bool, bool]:
+    """Return the module's own attention as the `base` of a call, its `is_causal` and `plain`.
 
     Args:
         module: the attention module.
         mask: the mask that the model gave.
         kwargs: what else the model gave.
     """
-    stock, groups = stock_attention(module), getattr(module, "num_key_value_groups", 1)
     eager = module.__dict__["config"]._attn_implementation == "eager"
     asked = kwargs.get("is_causal")
     causal = bool(getattr(module, "is_causal", True) if asked is None else asked)
     causal = causal and mask is None and not eager
 
     def base(q: Tensor, k: Tensor, v: Tensor, m: Any, s: Any, c: bool, gqa: bool) -> Tensor:
-        if q.shape[1] != k.shape[1] * groups:  # some of the heads
+        if q.shape[1] != k.shape[1] * getattr(module, "num_key_value_groups", 1):  # some heads
             return functional.scaled_dot_product_attention(
                 q, k, v, m, 0.0, c, scale=s, enable_gqa=gqa
             )
@@ -170,7 +174,8 @@ def primitive(
             given["is_causal"] = c
         if eager and m is not None and m.dtype == torch.bool:
             m = torch.zeros_like(m, dtype=q.dtype).masked_fill(~m, torch.finfo(q.dtype).min)
-        out: Tensor = stock(module, q, k, v, m, **given)[0]
+        out: Tensor = stock_attention(module)(module, q, k, v, m, **given)[0]
         return out.transpose(1, 2)
 
-    return base, causal
+    plain = not eager and not kwargs.get("dropout") and kwargs.get("position_bias") is None
+    return base, causal, plain

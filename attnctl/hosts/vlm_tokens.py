@@ -8,7 +8,7 @@ none.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,7 +17,11 @@ from ..errors import HostError
 from ..records import Tokens
 from .run import Run
 
-__all__ = ["Sequence", "image_ids", "label", "tokens_of"]
+if TYPE_CHECKING:
+    from ..records import WrittenRow
+    from ..stack import Entry
+
+__all__ = ["Sequence", "fit_rows", "image_ids", "label", "marks_of", "tokens_of"]
 
 _TEXT, _IMAGE, _PAD = 0, 1, 2
 
@@ -27,6 +31,13 @@ def image_ids(config: Any) -> tuple[int, ...]:
     names = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
     found = (getattr(config, name, None) for name in names)
     return tuple(dict.fromkeys(int(one) for one in found if one is not None))
+
+
+def marks_of(config: Any) -> tuple[int, ...]:
+    """Return the token ids around images that a model's config names."""
+    names = ("vision_start_token_id", "vision_end_token_id", "boi_token_index", "eoi_token_index")
+    found = (getattr(config, name, None) for name in names)
+    return tuple(int(one) for one in found if one is not None)
 
 
 def label(ids: Tensor, mask: Tensor | None, images: tuple[int, ...]) -> Tensor:
@@ -52,6 +63,7 @@ class Sequence:
         prompt: tokens of the prompt, padding included.
         run: states of the controls.
         steps: forwards so far.
+        rows: what is done to written tokens, by active controls and batch size, and site.
     """
 
     labels: Tensor | None = None
@@ -60,14 +72,16 @@ class Sequence:
     steps: int = 0
     seen: int = 0
     padded_right: bool = False
+    rows: dict[Any, dict[int, tuple[Entry, WrittenRow]]] = field(default_factory=dict)
 
     def read(self, labels: Tensor | None, past: int, n: int) -> None:
         """Add the labels [B, n] of prompt tokens that follow `past` tokens."""
         old = self.labels
+        self.rows.clear()
         if labels is None or (past and old is None):
             self.labels = None
         elif past and old is not None:
-            old = _fit(_wide(old, past), labels.shape[0])
+            old = fit_rows(_wide(old, past), labels.shape[0])
             self.labels = torch.cat([old, labels], dim=1)
         else:
             self.labels = labels
@@ -81,8 +95,12 @@ def _wide(labels: Tensor, n: int) -> Tensor:
     return torch.nn.functional.pad(labels, (0, n - labels.shape[1]), value=_TEXT)
 
 
-def _fit(labels: Tensor, rows: int) -> Tensor:
-    """Repeat labels for beams and for several answers to a prompt."""
+def fit_rows(labels: Tensor, rows: int) -> Tensor:
+    """Repeat what is known of a prompt's rows for beams and for several answers to it.
+
+    Raises:
+        HostError: if the number of rows is no multiple.
+    """
     if labels.shape[0] == rows:
         return labels
     if rows % labels.shape[0]:
@@ -116,27 +134,34 @@ def tokens_of(
             "before it. Patch and call the whole model, with input_ids, from the prompt on"
         )
     total = past + nq
-    labels = _fit(_wide(sequence.labels.to(device), total), rows)
-    slots = torch.arange(total, device=device)
-    written = (slots >= sequence.prompt).expand(rows, -1)
+    labels = fit_rows(_wide(sequence.labels.to(device), total), rows)
+
+    def slots() -> Tensor:
+        return torch.arange(total, device=device)
+
+    def written() -> Tensor:
+        return (slots() >= sequence.prompt).expand(rows, -1)
 
     def role_of(role: str) -> Tensor:
         if role == "question":
-            return (labels == _TEXT) & ~written & (_images_after(labels) == 0)
+            return (labels == _TEXT) & ~written() & (_images_after(labels) == 0)
         value = {"image": _IMAGE, "text": _TEXT, "pad": _PAD}[role]
         return labels == value
 
     def queries(role: str) -> Tensor:
-        found = _answering(sequence, labels, slots) if role == "answer" else role_of(role)
+        found = _answering(sequence, labels, slots()) if role == "answer" else role_of(role)
         return found[:, past:]
 
+    def among_all(role: str) -> Tensor:
+        return written() if role == "answer" else role_of(role)
+
     def keys(role: str) -> Tensor:
-        found = written if role == "answer" else role_of(role)
+        found = among_all(role)
         if nk < total:
             return found[:, total - nk :]
         return torch.nn.functional.pad(found, (0, nk - total))
 
-    return Tokens(queries, keys)
+    return Tokens(queries, keys, among_all, max(0, total - nk), past >= sequence.prompt)
 
 
 def _images_after(labels: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ change), where its numbers come from, and whether they were published or are our
     denoiser = "SD3Transformer2DModel"
     layers = 24                        # numbered blocks; optional
     heads = 24                         # heads per block; optional
+    width = 4096                       # of a language model's residual stream; optional
     origin = "published"               # or "ours"
     source = "arXiv 2506.10978, table 1"
     note = "what to know before use"
@@ -46,6 +47,7 @@ class Preset:
         denoiser: class name of the denoiser it fits; empty for any.
         layers: number of numbered blocks of that model, 0 for any.
         heads: heads per block, 0 for any.
+        width: width of a language model's residual stream, 0 for any.
         note: what to know before use.
     """
 
@@ -57,14 +59,16 @@ class Preset:
     denoiser: str = ""
     layers: int = 0
     heads: int = 0
+    width: int = 0
     note: str = field(default="", compare=False)
 
-    def fits(self, denoiser: str, layers: int, heads: int) -> bool:
+    def fits(self, denoiser: str, layers: int, heads: int, width: int = 0) -> bool:
         """Whether the preset is meant for a model of this structure."""
         return (
             self.denoiser in ("", denoiser)
             and self.layers in (0, layers)
             and self.heads in (0, heads)
+            and self.width in (0, width)
         )
 
 
@@ -97,10 +101,11 @@ def find(control: str, target: Any, name: str | None = None) -> Preset:
                 return preset
         hint = nearest(name, names)
         raise OptionError(f"{control} has no preset {name!r}.{hint} {_list(names)}")
-    denoiser, layers, heads = _structure(target)
+    structure = _structure(target)
     for preset in known:
-        if preset.fits(denoiser, layers, heads):
+        if preset.fits(*structure):
             return preset
+    denoiser, layers, heads, _ = structure
     raise OptionError(
         f"{control} has no preset for a {denoiser} of {layers} layers with {heads} heads; give "
         f"the options yourself, or a preset by name. {_list(names)}"
@@ -111,8 +116,8 @@ def _list(names: list[str]) -> str:
     return f"Presets: {', '.join(names)}." if names else "It has no presets."
 
 
-def _structure(target: Any) -> tuple[str, int, int]:
-    """Return (denoiser class, numbered blocks, heads of the first)."""
+def _structure(target: Any) -> tuple[str, int, int, int]:
+    """Return (class, numbered blocks, heads of the first, width of a language model or 0)."""
     from ..hosts import survey, targets
     from ..hosts.adopt import original_class
 
@@ -120,4 +125,7 @@ def _structure(target: Any) -> tuple[str, int, int]:
     sites, _ = survey(module, name)
     numbered = [s for s in sites if s.layer is not None]
     layers = 1 + max((s.layer for s in numbered if s.layer is not None), default=-1)
-    return original_class(module).__name__, layers, numbered[0].heads if numbered else 0
+    text = getattr(module.config, "text_config", None)
+    width = int(getattr(text, "hidden_size", 0))
+    heads = numbered[0].heads if numbered else 0
+    return original_class(module).__name__, layers, heads, width

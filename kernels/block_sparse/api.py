@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from . import flex, ops
+from . import fa4, flex, gluon, ops
 from .mask import BlockMask
 
 __all__ = ["BACKENDS", "block_sparse_attention", "block_sparse_backend"]
@@ -38,8 +38,10 @@ def block_sparse_attention(
         scale: factor on the logits, None for 1/sqrt(D).
         layout: order of the dimensions, of the output too.
         return_lse: whether to return the log-sum-exp as well.
-        backend: "reference" (any device, differentiable), "flex" (FlexAttention), "triton"
-            (NVIDIA GPUs from sm80), or "auto": what `block_sparse_backend` says.
+        backend: "reference" (any device), "gluon" (Hopper GPUs, blocks of 128, head dim 64 or
+            128, 16 bits), "triton" (NVIDIA GPUs from sm80), "flex" (FlexAttention), "fa4"
+            (FlashAttention-4 if installed; Hopper, full blocks of 128), or "auto": what
+            `block_sparse_backend` says.
 
     Returns:
         The output, in the layout and dtype of q; with `return_lse` also the natural
@@ -72,7 +74,7 @@ def block_sparse_backend(
 ) -> str:
     """Return the backend that serves a call.
 
-    "auto" takes triton, then flex on a GPU, and the reference elsewhere.
+    "auto" takes gluon, then triton, then flex on a GPU, and the reference elsewhere.
 
     Args:
         q: [B, H, Nq, D].
@@ -126,8 +128,10 @@ def _interpreted() -> bool:
 
 
 BACKENDS: dict[str, WhyNot] = {
+    "gluon": gluon.why_not,
     "triton": _why_not_triton,
     "flex": flex.why_not,
+    "fa4": fa4.why_not,
     "reference": _never,
 }
 """Why each backend cannot take a call (None if it can), in the order in which auto tries them."""

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
-from .lists import RowLists
+from .bitmaps import pack
+from .lists import RowLists, check_block
 from .mask import BlockMask, Rule
 
 __all__ = ["from_dense", "from_flex", "from_rule", "to_flex"]
@@ -54,8 +55,7 @@ class _Strips:
     """Collects full and partial blocks from the rows of blocks of a map, in order."""
 
     def __init__(self, batch: int, heads: int, nq: int, nk: int, block: int) -> None:
-        if block not in (32, 64, 128, 256):
-            raise ValueError(f"block={block}: expected 32, 64, 128 or 256")
+        check_block(block)
         self.shape = batch, heads, -(-nq // block)
         self.nq, self.nk, self.block = nq, nk, block
         self.full: list[Tensor] = []
@@ -74,7 +74,7 @@ class _Strips:
         part = (kept > 0) & ~whole
         self.full.append(whole.nonzero()[:, 0].to(torch.int32))
         self.part.append(part.nonzero()[:, 0].to(torch.int32))
-        self.tiles.append(_pack(tiles[part]))
+        self.tiles.append(pack(tiles[part]))
 
     def mask(self) -> BlockMask:
         """Return the mask, each bitmap stored once."""
@@ -97,13 +97,6 @@ def _unique(tiles: Tensor) -> tuple[Tensor, Tensor]:
     """Return the different tiles, and which of them each one is."""
     rows, which = tiles.flatten(1).unique(dim=0, return_inverse=True)
     return rows.view(-1, *tiles.shape[1:]), which
-
-
-def _pack(tiles: Tensor) -> Tensor:
-    """Return bool tiles [n, block, block] as int32 words [n, block, block / 32]."""
-    weights = torch.ones(32, dtype=torch.int64) << torch.arange(32)
-    words = (tiles.unflatten(-1, (tiles.shape[-1] // 32, 32)) * weights).sum(-1)
-    return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
 
 
 # -- FlexAttention -----------------------------------------------------------------------
@@ -149,13 +142,21 @@ def _ordered(counts: Tensor, indices: Tensor, cols: int) -> Tensor:
     return table[..., :cols]
 
 
-def to_flex(mask: BlockMask) -> Any:
-    """Return a mask as FlexAttention's BlockMask, whose rule looks the bits up."""
+def to_flex(mask: BlockMask, *, rule_of_full: bool = True) -> Any:
+    """Return a mask as FlexAttention's BlockMask, whose rule looks the bits up.
+
+    Args:
+        mask: the mask.
+        rule_of_full: whether a mask without partial blocks gets a rule too. FlexAttention's
+            eager form goes by the rule alone; its compiled one does not ask it about full
+            blocks, but pays for it with shared memory.
+    """
     from torch.nn.attention.flex_attention import BlockMask as FlexMask
 
     whole, part = mask.lists.table(mask.cols), mask.parts.table(mask.cols)
     which = _numbers(mask)
     block, bits, batch, heads = mask.block, mask.bits, mask.batch, mask.heads
+    ruled = rule_of_full or len(bits) > 0
     if not len(bits):  # FlexAttention traces the look-up even if no block is partial
         bits = torch.zeros(1, block, block // 32, dtype=torch.int32, device=mask.device)
 
@@ -169,7 +170,7 @@ def to_flex(mask: BlockMask) -> Any:
     return FlexMask.from_kv_blocks(
         part.sum(-1, dtype=torch.int32), _sorted_first(part),
         whole.sum(-1, dtype=torch.int32), _sorted_first(whole),
-        BLOCK_SIZE=block, mask_mod=rule, seq_lengths=(mask.nq, mask.nk),
+        BLOCK_SIZE=block, mask_mod=rule if ruled else None, seq_lengths=(mask.nq, mask.nk),
     )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import weakref
 from typing import Any
@@ -9,9 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .build import to_flex
 from .mask import BlockMask
 
 __all__ = ["block_sparse_flex", "why_not"]
+
+_SMALL_TILES = {"BLOCK_M": 64, "BLOCK_N": 64, "num_stages": 2}
+"""With the bitmaps' rule its own choice of tiles needs more shared memory than an H100 has."""
+
+_SHAPES = 256
+"""Shapes and masks that may be compiled in one process."""
 
 _MASKS: weakref.WeakKeyDictionary[BlockMask, Any] = weakref.WeakKeyDictionary()
 
@@ -35,12 +43,25 @@ def block_sparse_flex(
     The eager form makes the whole map, so it is for small sizes. Arguments and results are
     those of `block_sparse_reference`.
     """
-    if mask not in _MASKS:
-        _MASKS[mask] = mask.to_flex()
-    out, lse = _attention(q.device.type == "cuda")(
-        q, k, v, block_mask=_MASKS[mask], scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-    )
+    compiled = q.device.type == "cuda"
+    if mask not in _MASKS:  # one mask is on one device
+        _MASKS[mask] = to_flex(mask, rule_of_full=not compiled)
+    with _many_shapes() if compiled else contextlib.nullcontext():
+        out, lse = _attention(compiled)(
+            q, k, v, block_mask=_MASKS[mask], scale=scale, enable_gqa=q.shape[1] != k.shape[1],
+            kernel_options=_SMALL_TILES if compiled and len(mask.bits) else None,
+        )  # fmt: skip
     return out, lse
+
+
+def _many_shapes() -> Any:
+    """Return a context in which a ninth shape compiles as well.
+
+    By default torch.compile falls back to the eager form then, which makes the whole map.
+    """
+    import torch._dynamo
+
+    return torch._dynamo.config.patch(recompile_limit=_SHAPES)
 
 
 @functools.cache

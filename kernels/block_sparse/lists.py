@@ -8,7 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["RowLists"]
+__all__ = ["RowLists", "check_block"]
+
+
+def check_block(block: int) -> None:
+    """Refuse a size of blocks that the kernels do not have."""
+    if block not in (32, 64, 128, 256):
+        raise ValueError(f"block={block}: expected 32, 64, 128 or 256")
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +64,14 @@ class RowLists:
         """Return where the entries of one row lie."""
         start, stop = self.ptr[b, h, r : r + 2].tolist()
         return slice(start, stop)
+
+    def take_heads(self, heads: slice) -> tuple[RowLists, Tensor]:
+        """Return the lists of some heads, and which of the entries they have, bool [count]."""
+        total, rows = self.counts.shape[1:]
+        chosen = torch.zeros(total, dtype=torch.bool, device=self.idx.device)
+        chosen[heads] = True
+        mine = chosen[self.owners // rows % total]
+        return RowLists.from_counts(self.counts[:, heads].long(), self.idx[mine]), mine
 
     def table(self, cols: int) -> Tensor:
         """Return the bool table [B, H, R, C]."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .lists import RowLists
+from .lists import RowLists, check_block
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -56,8 +56,7 @@ class BlockMask:
     _moved: dict[torch.device, BlockMask] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.block not in (32, 64, 128, 256):
-            raise ValueError(f"block={self.block}: expected 32, 64, 128 or 256")
+        check_block(self.block)
         if self.nq < 1 or self.nk < 1:
             raise ValueError(f"a mask of {self.nq} x {self.nk} tokens: expected at least 1 x 1")
         if self.order is None:
@@ -148,6 +147,15 @@ class BlockMask:
         from .build import to_flex
 
         return to_flex(self)
+
+    def take_heads(self, heads: slice) -> BlockMask:
+        """Return the mask of some of the heads; itself where all of them share one."""
+        if self.heads == 1:
+            return self
+        lists, _ = self.lists.take_heads(heads)
+        parts, mine = self.parts.take_heads(heads)
+        part_bits = self.part_bits[mine]
+        return BlockMask(self.nq, self.nk, self.block, lists, parts, part_bits, self.bits)
 
     # -- what it says --------------------------------------------------------------------
 

@@ -38,10 +38,25 @@ def _operator(
         q.shape[2], k.shape[2], block,
         RowLists(list_ptr, list_idx), RowLists(part_ptr, part_idx), part_bits, bits, order,
     )  # fmt: skip
+    with torch.cuda.device_of(q):  # a kernel starts on the current GPU, wherever its tensors are
+        return _run(q, k, v, mask, scale, backend)
+
+
+def _run(
+    q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float, backend: str
+) -> tuple[Tensor, Tensor]:
+    if backend == "gluon":
+        from .gluon import block_sparse_gluon
+
+        return block_sparse_gluon(q, k, v, mask, scale)
     if backend == "triton":
         from .triton import block_sparse_triton
 
         return block_sparse_triton(q, k, v, mask, scale)
+    if backend == "fa4":
+        from .fa4 import block_sparse_fa4
+
+        return block_sparse_fa4(q, k, v, mask, scale)
     out, lse = _out(q, v), _lse(q)
     result = block_sparse_reference(q, k, v, mask, scale)
     out.copy_(result[0])
@@ -114,7 +129,7 @@ _operator.register_autograd(_backward, setup_context=_setup)
 def call(
     q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float, backend: str
 ) -> tuple[Tensor, Tensor]:
-    """Run a backend ("reference" or "triton") as one operator; layout [B, H, N, D]."""
+    """Run a backend (any but "flex") as one operator; layout [B, H, N, D]."""
     assert mask.order is not None
     out, lse = torch.ops.attnctl.block_sparse_attention(
         q, k, v,

@@ -27,13 +27,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from attnctl.control import Control
 from attnctl.errors import HostError
 from attnctl.processors.guidance.heads import head_indices
+from attnctl.processors.windowed import Windowed
 from attnctl.records import AttentionCall
-from attnctl.schedule import Schedule, Window
-from attnctl.words.find import Found, find_words
+from attnctl.words.prompts import prompts_of
 
+from .placing import Placing, has_text, place, rows_of_mask
 from .token_maps import Key, Positions, TokenMaps
 from .token_mass import token_mass
 
@@ -45,7 +45,7 @@ __all__ = ["HeatMap"]
 
 
 @dataclass(frozen=True)
-class HeatMap(Control):
+class HeatMap(Windowed):
     """Attention maps of words, read while the model runs; the output stays bit-equal.
 
     Not in the registry: what it does ends in an object, which a command line has no place for.
@@ -78,23 +78,13 @@ class HeatMap(Control):
         _ = self.schedule
 
     @property
-    def selector(self) -> Any:
-        """The heads."""
-        return self.heads
-
-    @property
-    def schedule(self) -> Schedule:
-        """Steps that are read."""
-        return Schedule((Window(self.start, self.stop),))
-
-    @property
     def neutral(self) -> bool:
         """Nobody takes the maps."""
         return self.sink is None or self.schedule.empty
 
     def begin(self, run: Run, selection: Selection) -> TokenMaps:
         """Find the words in the run's prompts and hand out the empty sums."""
-        found = [self._find(run, prompt) for prompt in _prompts(run)]
+        found = [prompt.find(self.words) for prompt in prompts_of(run)]
         names = tuple(word.text for word in found[0])
         if any(tuple(word.text for word in one) != names for one in found):
             raise HostError(
@@ -107,52 +97,38 @@ class HeatMap(Control):
         self.sink(maps)
         return maps
 
-    def _find(self, run: Run, prompt: dict[str, Any]) -> list[Found]:
-        text = prompt.pop("prompt")
-        call = {"max_sequence_length": run.args.get("max_sequence_length"), **prompt}
-        return find_words(run.pipe, text, self.words, **call)
-
     def __str__(self) -> str:
         return super().__str__() if self.sink is None else str(replace(self, sink=None))
 
     def attend(self, call: AttentionCall) -> Tensor:
         """Return the stock output, having read the maps of the selected rows."""
         out = call.proceed()
-        rows, spans = call.slice(self.role), call.spans
-        if rows is None or (spans.k and spans.keys("text") is None):
-            return out  # other rows; or no text here: a refiner, the image branch of an adapter
-        with torch.no_grad():
-            self._read(call, rows)
+        where = place(call, self.role, self.name) if has_text(call) else None
+        if where is not None:
+            with torch.no_grad():
+                self.read(call, where)
         return out
 
-    def _read(self, call: AttentionCall, rows: slice) -> None:
-        image, text, grid = _layout(call)
-        samples, count = call.rows.n, rows.stop - rows.start
-        # one row at a time (Mochi), else a group of rows
-        alone = call.q.shape[0] == 1 and len(call.rows) > 1
-        first = call.index - call.rows.slice(self.role).start if alone else 0
-        if count != samples and not alone:
-            raise HostError(
-                f"{call.site}: {count} attention rows for {samples} samples (frames folded into "
-                f"the batch, perhaps); {self.name} does not know their order: select other sites"
-            )
+    def read(self, call: AttentionCall, where: Placing) -> None:
+        """Add the maps of some rows of a call to its state, a `TokenMaps`."""
+        rows, image, count = where.rows, where.image, where.rows.stop - where.rows.start
         heads = head_indices(call)
         site, kept = "", tuple[int, ...]()
         if self.each_head:
             site, kept = call.site.name, tuple(torch.where(call.heads)[0].tolist())
-        key = Key(grid, site, kept)
-        for start, stop, positions in _runs(call.state, first, count, samples):
+        key = Key(where.grid, site, kept)
+        for start, stop, positions in _runs(call.state, where.first, count, where.samples):
             part = call.take(slice(rows.start + start, rows.start + stop), heads)
             mass = token_mass(
                 part.q[:, :, image],
                 part.repeat_kv(part.k),
-                _keys(call, positions, text),
-                _rows_of(part.mask, image),
+                _keys(call, positions, where.text),
+                rows_of_mask(part.mask, image),
                 part.scale,
                 each_head=self.each_head,
             )
             maps = 1 if self.each_head else part.q.shape[1]
-            call.state.add(key, samples, first + start, mass, maps)
+            call.state.add(key, where.samples, where.first + start, mass, maps)
 
 
 def _runs(
@@ -165,34 +141,6 @@ def _runs(
         stop = start + len(list(group))
         yield start, stop, positions
         start = stop
-
-
-def _rows_of(mask: Tensor | None, image: slice) -> Tensor | None:
-    """Return the mask of the image queries."""
-    if mask is None or mask.ndim < 2 or mask.shape[-2] == 1:
-        return mask
-    return mask[..., image, :]
-
-
-def _prompts(run: Run) -> list[dict[str, Any]]:
-    """Return the texts of each prompt of a run: `prompt`, and `prompt_2` and so on if given."""
-    texts = {key: run.args.get(key) for key in ("prompt", "prompt_2", "prompt_3")}
-    many = next((len(t) for t in texts.values() if isinstance(t, (list, tuple))), 1)
-    return [
-        {key: t[i] if isinstance(t, (list, tuple)) else t for key, t in texts.items()}
-        for i in range(many)
-    ]
-
-
-def _layout(call: AttentionCall) -> tuple[slice, slice, tuple[int, int, int]]:
-    spans = call.spans
-    image, text = spans.queries("image"), spans.keys("text")
-    if image is None or text is None or spans.grid is None:
-        raise HostError(
-            f"{call.site}: which tokens are text, and where on the grid the image tokens lie, is "
-            "not known here; select other sites"
-        )
-    return image, text, spans.grid
 
 
 def _keys(call: AttentionCall, positions: Positions, text: slice) -> list[list[int]]:

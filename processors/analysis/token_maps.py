@@ -68,8 +68,8 @@ class TokenMaps:
             self.sums[key] = mass.new_zeros((samples, *mass.shape[1:]), dtype=torch.float32)
             self.counts[key] = torch.zeros(samples)
         at = slice(first, first + len(mass))
-        self.sums[key][at] += mass
-        self.counts[key][at] += maps
+        self.sums[key][at].add_(mass)
+        self.counts[key][at].add_(maps)
 
     def means(self) -> dict[Key, Tensor]:
         """Return the mean maps [samples, heads or 1, words, frames, height, width]."""

@@ -42,20 +42,27 @@ def token_mass(
         all keys: [B, H, W, Nq] in float32 (float64 for float64 inputs). Queries without any key
         give 0.
     """
-    columns = _columns(tuple(j for group in groups for j in group), q.device)
+    columns, members = _columns(tuple(map(tuple, groups)), q.device)
     parts = []
     for logits in logit_chunks(q, k, mask, scale, most):
-        lse = torch.logsumexp(logits, dim=-1).clamp_min(torch.finfo(logits.dtype).min)
-        columns_mass = torch.exp(logits[..., columns] - lse[..., None])
+        mass = logits.softmax(-1)[..., columns]
+        if mask is not None:
+            mass = mass.nan_to_num()  # queries without any key
         if not each_head:
-            columns_mass = columns_mass.sum(1, keepdim=True)
-        split = columns_mass.split([len(group) for group in groups], dim=-1)
-        parts.append(torch.stack([one.sum(-1) for one in split], dim=2))
-    return torch.cat(parts, dim=-1)
+            mass = mass.sum(1, keepdim=True)
+        parts.append((mass @ members.to(mass.dtype)).transpose(-1, -2))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
 @functools.lru_cache(maxsize=256)
-def _columns(indices: tuple[int, ...], device: torch.device) -> Tensor:
-    """Copied to the device once: a copy per attention call would wait for the GPU each time."""
+def _columns(groups: tuple[tuple[int, ...], ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return all groups' keys [T], and which group each belongs to as 0 and 1 [T, W].
+
+    Copied to the device once: a copy per attention call would wait for the GPU each time.
+    """
+    owners = [i for i, group in enumerate(groups) for _ in group]
     with torch.inference_mode(False):
-        return torch.tensor(indices, dtype=torch.long, device=device)
+        columns = torch.tensor([j for group in groups for j in group], dtype=torch.long)
+        members = torch.zeros(len(owners), len(groups))
+        members[range(len(owners)), owners] = 1
+        return columns.to(device), members.to(device)

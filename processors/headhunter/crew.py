@@ -41,6 +41,14 @@ class Crew:
             return cls(group.get_rank(), group.get_world_size())
         return cls()
 
+    @classmethod
+    def launched(cls) -> Crew:
+        """Return the crew that the launcher's environment names, without joining it.
+
+        Its members know their numbers and cannot talk to each other.
+        """
+        return cls(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+
     @property
     def leads(self) -> bool:
         """Whether this process writes files and shows progress."""

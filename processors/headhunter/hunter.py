@@ -32,7 +32,7 @@ from attnctl.processors.guidance.softpag import SoftPAG
 from .crew import Crew
 from .gradient import gradient
 from .greedy import greedy
-from .halving import halving, ladder
+from .halving import halving, short, stages
 from .headset import Head, HeadSet, Round, site_table_hash
 from .journal import Journal
 from .objective import Objective, objective
@@ -78,7 +78,7 @@ class HeadHunter:
             `f(images, prompts) -> scores`, or an `Objective`.
         guidance: the perturbation, its strength u and its scale.
         strategy: "greedy" is the paper's; "gradient" ranks by slopes and checks a short list;
-            "halving" goes through rungs of growing cost.
+            "halving" draws short pictures with random sets of heads and drops the worse half.
         rounds: R.
         top_k: k, heads added per round.
         pool: selector of the heads that may be chosen.
@@ -127,12 +127,17 @@ class HeadHunter:
         if self.strategy == "greedy":
             cost = full
         elif self.strategy == "halving":
-            share = self._per_round(trials)
-            rungs = [ladder(n, self.top_k, pictures, trials.steps, share) for n in sizes]
-            cost = sum(rung.cost for one in rungs for rung in one) * trials.passes
+            drawn = stages(len(pool), self.rounds * self.top_k, self._short_pictures(trials))
+            count = pictures + sum(stage.pictures for stage in drawn)
+            cost = count * short(trials.steps) * trials.passes
         else:
             cost = sum(self._gradient_cost(trials, r) for r in range(self.rounds))
         return Plan(len(pool), pictures, cost, full)
+
+    def _short_pictures(self, trials: Trials) -> int:
+        """Pictures of halving that the budget allows, besides those without guidance."""
+        allowed = self.rounds * self._per_round(trials) // short(trials.steps)
+        return max(1, allowed - len(trials.prompts))
 
     def _per_round(self, trials: Trials) -> int:
         """Picture-steps that the budget allows for each round."""
@@ -224,8 +229,8 @@ class HeadHunter:
             return greedy(trials.score, *common)
         if self.strategy == "halving":
             return halving(
-                trials.score, *common, pictures=len(trials.prompts), steps=trials.steps,
-                budget=self._per_round(trials),
+                trials.each, *common, pictures=len(trials.prompts), steps=short(trials.steps),
+                budget=self._short_pictures(trials),
             )  # fmt: skip
         slopes = functools.partial(_window_slopes, trials)
         pictures = functools.partial(self._sets, trials)

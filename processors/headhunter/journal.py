@@ -8,12 +8,12 @@ draw the same picture share its score.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from attnctl.errors import OptionError
+from attnctl.lines import append_line, cut_torn_line, read_lines
 
 __all__ = ["Journal"]
 
@@ -40,37 +40,26 @@ class Journal:
             self._read(settings)
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._append({"settings": settings})
+            append_line(path, {"settings": settings})
 
     def add(self, values: Mapping[str, Any], forwards: int) -> None:
         """Remember values and what they cost, on the disk before this returns."""
         self.values.update(values)
         self.forwards += forwards
         if self.path is not None:
-            self._append({"values": values, "forwards": forwards})
-
-    def _append(self, line: Mapping[str, Any]) -> None:
-        assert self.path is not None
-        with self.path.open("ab") as file:
-            file.write(json.dumps(line).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+            append_line(self.path, {"values": values, "forwards": forwards})
 
     def _read(self, settings: Mapping[str, Any]) -> None:
         assert self.path is not None
-        data = self.path.read_bytes()
-        whole = data[: data.rfind(b"\n") + 1]
-        lines = [_parse(self.path, n, line) for n, line in enumerate(whole.splitlines(), 1)]
+        lines = read_lines(self.path)
         if lines:
             self._check(lines[0].get("settings", {}), settings)
         for line in lines[1:]:
             self.values.update(line.get("values", {}))
             self.forwards += line.get("forwards", 0)
-        if len(whole) < len(data):  # the line that was being written when the search died
-            with self.path.open("r+b") as file:
-                file.truncate(len(whole))
+        cut_torn_line(self.path)
         if not lines:
-            self._append({"settings": settings})
+            append_line(self.path, {"settings": settings})
 
     def _check(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
         other = sorted(k for k in {*old, *new} if old.get(k) != new.get(k))
@@ -79,11 +68,3 @@ class Journal:
                 f"{self.path} holds a search with other settings ({', '.join(other)}); give "
                 "another file, or delete it to start anew"
             )
-
-
-def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = json.loads(line)
-    except ValueError as error:
-        raise OptionError(f"{path}, line {number}: no valid JSON: {error}") from error
-    return found

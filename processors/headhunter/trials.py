@@ -117,13 +117,29 @@ class Trials:
         """
         chosen = list(range(len(self.prompts)) if pictures is None else pictures)
         jobs = [Job(heads, i, steps or self.steps) for heads in candidates for i in chosen]
+        return self._scores(jobs).view(len(candidates), len(chosen))
+
+    def each(self, candidates: Sequence[Candidate], pictures: Iterable[int], steps: int) -> Tensor:
+        """Score head sets on a picture each, as `score` does.
+
+        Args:
+            candidates: C head sets.
+            pictures: C indices of pictures.
+            steps: number of steps.
+
+        Returns:
+            [C] float64 scores on the CPU.
+        """
+        pairs = zip(candidates, pictures, strict=True)
+        return self._scores([Job(heads, i, steps) for heads, i in pairs])
+
+    def _scores(self, jobs: Sequence[Job]) -> Tensor:
         known = self.journal.values
         wanted = [job for job in dict.fromkeys(jobs) if job.key not in known]
         for part, scores in self._shared(wanted, self._draw_and_score):
             new = {job.key: x for job, x in zip(part, scores, strict=True)}
             self._note(new, sum(job.steps * self.passes for job in part))
-        found = torch.tensor([known[job.key] for job in jobs], dtype=torch.float64)
-        return found.view(len(candidates), len(chosen))
+        return torch.tensor([known[job.key] for job in jobs], dtype=torch.float64)
 
     def _draw_and_score(self, part: Sequence[Job]) -> list[float]:
         images = self.draw([j.heads for j in part], [j.picture for j in part], part[0].steps)

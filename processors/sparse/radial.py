@@ -10,44 +10,24 @@ References:
 
 from __future__ import annotations
 
-import dataclasses
-import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
-
-import torch
-from torch import Tensor
+from typing import Any, ClassVar, Literal
 
 from attnctl.control import Control, register
-from attnctl.errors import AttnctlWarning, OptionError
-from attnctl.kernels import BlockMask, block_sparse_attention
-from attnctl.records import AttentionCall, Step
-from attnctl.schedule import Schedule, Window
+from attnctl.errors import OptionError
+from attnctl.records import Step
 
 from .radial_mask import radial_block_mask
 from .radial_plan import RadialPlan, plan_for
-from .shapes import VideoTokens, paddings, pipeline_grid, video_tokens
+from .shapes import VideoTokens, pipeline_grid
+from .sparse import Pattern, SparseAttention
 
-if TYPE_CHECKING:
-    from attnctl.hosts.run import Run
-    from attnctl.selectors import Selection
-
-__all__ = ["Radial", "RadialPlan", "SparseSteps", "radial_block_mask"]
-
-
-@dataclass(frozen=True)
-class SparseSteps(Schedule):
-    """Steps inside the windows, without those of `dense`."""
-
-    dense: Schedule = dataclasses.field(default_factory=lambda: Schedule(()))
-
-    def __contains__(self, step: Step) -> bool:
-        return super().__contains__(step) and step not in self.dense
+__all__ = ["Radial", "RadialPlan", "radial_block_mask"]
 
 
 @register
 @dataclass(frozen=True)
-class Radial(Control):
+class Radial(SparseAttention):
     """Block-sparse self-attention of video models.
 
     Args:
@@ -69,44 +49,18 @@ class Radial(Control):
     decay: float = 0.2
     family: Literal["auto", "wan", "hunyuan"] = "auto"
     adjacent: Literal["half", "full"] = "half"
-    dense_layers: int = 1
-    start: float = 0.25
-    stop: float = 1.0
-    dense_steps: str = ""
-    heads: Any = "all"
     block: int = 128
-    backend: str = "auto"
 
     name: ClassVar[str] = "radial"
-    kinds: ClassVar[tuple[str, ...]] = ("self", "joint")
-    replaces_softmax: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.family not in ("auto", "wan", "hunyuan"):
             raise OptionError(
                 f"{self.name}: family={self.family!r}, expected auto, wan or hunyuan"
             )
-        if self.dense_layers < 0:
-            raise OptionError(f"{self.name}: dense_layers={self.dense_layers}, expected 0 or more")
+        super().__post_init__()
         rule = "wan" if self.family == "auto" else self.family
         radial_block_mask(1, 1, self.decay, rule, self.adjacent, self.block)  # checks the ranges
-        _ = self.schedule
-
-    @property
-    def selector(self) -> Any:
-        """The heads."""
-        return self.heads
-
-    @property
-    def schedule(self) -> Schedule:
-        """Steps at which attention is sparse."""
-        window = Window(self.start, self.stop)
-        return SparseSteps((window,), Schedule.of(self.dense_steps))
-
-    @property
-    def neutral(self) -> bool:
-        """No step is sparse."""
-        return self.schedule.empty
 
     @classmethod
     def for_model(
@@ -172,76 +126,24 @@ class Radial(Control):
         """
         frames, high, wide = pipeline_grid(target, height, width, num_frames)
         joint, layers, width_of_model = _structure(target)
-        mask = self.mask(VideoTokens(frames, high * wide, 0, 0), joint)
+        mask, _ = self.pattern(VideoTokens(frames, high, wide), joint)
         dense = [Step(i, steps) not in self.schedule for i in range(steps)]
         return plan_for(mask, layers, self.dense_layers, dense, width_of_model, attention_share)
 
-    def mask(self, tokens: VideoTokens, joint: bool, padding: int = 0) -> BlockMask:
+    def pattern(self, tokens: VideoTokens, joint: bool) -> Pattern:
         """Return the mask of a sequence.
 
         Args:
-            tokens: where the video lies.
+            tokens: where the video lies, and how many of the last tokens are no keys.
             joint: whether it is joint attention, for `family="auto"`.
-            padding: how many of the last tokens are no keys.
         """
         auto: Literal["wan", "hunyuan"] = "hunyuan" if joint else "wan"
-        return radial_block_mask(
+        mask = radial_block_mask(
             tokens.frames, tokens.per_frame, self.decay,
             auto if self.family == "auto" else self.family, self.adjacent, self.block,
-            before=tokens.before, after=tokens.after, padding=padding,
+            before=tokens.before, after=tokens.after, padding=tokens.padding,
         )  # fmt: skip
-
-    def begin(self, run: Run, selection: Selection) -> set[str]:
-        """Return the warnings given in this run."""
-        return set()
-
-    def attend(self, call: AttentionCall) -> Tensor:
-        """Compute the kept blocks; dense layers go on as they are."""
-        if call.site.layer is not None and call.site.layer < self.dense_layers:
-            return call.proceed()
-        tokens = video_tokens(call, self.name)
-        if call.is_causal:
-            raise OptionError(f"{self.name}: {call.site} is causal; its mask is not")
-        sparse = self._sparse(call, tokens)
-        if bool(call.heads.all()):
-            return sparse
-        chosen = call.heads.to(sparse.device)[:, None, None]
-        return torch.where(chosen, sparse, call.proceed())
-
-    def _sparse(self, call: AttentionCall, tokens: VideoTokens) -> Tensor:
-        """Return sparse attention; rows of equal padding at once."""
-        padding = paddings(call, tokens.after, self.name)
-        joint = call.site.kind == "joint"
-        out = None
-        for pad in sorted(set(padding)):
-            mask = self.mask(tokens, joint, pad)
-            self._warn_if_full(mask, call.state)
-            rows = [i for i, p in enumerate(padding) if p == pad]
-            q, k, v = (
-                x if len(rows) == len(padding) else x[rows] for x in (call.q, call.k, call.v)
-            )
-            part = block_sparse_attention(
-                q, k[:, :, : mask.nk], v[:, :, : mask.nk], mask,
-                scale=call.scale, backend=self.backend,
-            )  # fmt: skip
-            assert isinstance(part, Tensor)
-            if len(rows) == len(padding):
-                return part
-            out = part.new_empty((len(padding), *part.shape[1:])) if out is None else out
-            out = out.index_copy(0, torch.tensor(rows, device=part.device), part)
-        assert out is not None
-        return out
-
-    def _warn_if_full(self, mask: BlockMask, given: set[str] | None) -> None:
-        if given is None or "full" in given or mask.density < 1:
-            return
-        given.add("full")
-        warnings.warn(
-            f"{self.name} keeps every block of {mask}: the video is too short or too small for "
-            "it to save anything",
-            AttnctlWarning,
-            stacklevel=2,
-        )
+        return Pattern(mask)
 
 
 def _structure(target: Any) -> tuple[bool, int, int]:

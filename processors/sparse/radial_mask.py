@@ -181,11 +181,14 @@ def _columns(rule: _Rule, top: Ints, bottom: Ints, w: Ints, least: int) -> tuple
     return np.where(none, rule.s, first), np.where(none, -1, last)
 
 
-def _overlap(first: Ints, last: Ints, left: Ints, right: Ints) -> Ints:
+def _overlap(first: Ints, last: Ints, left: Ints, right: Ints) -> NDArray[np.int32]:
     """Return the length of each row's interval inside each column's piece, [n, rows, cols]."""
-    low = np.maximum(first[:, :, None], left[:, None])
-    high = np.minimum(last[:, :, None], right[:, None])
-    return np.maximum(high - low + 1, 0)
+    # narrow and in place: for long videos most of the time goes into memory
+    low, high, start, stop = (x.astype(np.int32) for x in (first, last, left, right))
+    length = np.minimum(high[:, :, None], stop[:, None])
+    length -= np.maximum(low[:, :, None], start[:, None])
+    length += 1
+    return np.maximum(length, 0, out=length)
 
 
 # -- frame pairs to the whole mask -------------------------------------------------------
@@ -231,8 +234,10 @@ def _strip(rule: _Rule, frames: int, phase: int) -> _Strip:
     size = tiles.shape[1]
     zero = frames * s // block + size + 1  # column of the period's own first block
     table = np.zeros((rows + 2 * size, 2 * zero + rows + size), dtype=bool)
-    for r, c, tile in zip(row_at // block + size, col_at // block + zero, which, strict=True):
-        table[r : r + size, c : c + size] |= tiles[tile][: len(table) - r]
+    places = zip((row_at // block + size).tolist(), (col_at // block + zero).tolist(), strict=True)
+    for (r, c), tile in zip(places, which.tolist(), strict=True):
+        place = table[r : r + size, c : c + size]
+        np.logical_or(place, tiles[tile, : len(place)], out=place)
     table = table[size : size + rows]
     # a block wider than a frame may be kept by no pair: queries keep their own surroundings
     table[np.arange(rows), np.arange(rows) + zero] = True
@@ -250,27 +255,33 @@ def _build(
     count, cols = -(-total // block), -(-(total - padding) // block)
     low, high = -(-before // block), (before + video) // block
     head = -(-(before + rule.s) // block) if sink else low  # first columns that all rows keep
-    rows = [np.arange(cols, dtype=np.int32)] * min(low, count)
+    whole = np.arange(cols, dtype=np.int32)
+    rows: list[list[NDArray[np.int32]]] = [[whole]] * min(low, count)
     if low < high:
         base = before // block
         strip = _strip(rule, frames, before % block)
         rows += _video_rows(strip, range(low, high), base, min(head, high), high, cols)
-    rows += [np.arange(cols, dtype=np.int32)] * (count - len(rows))
+    rows += [[whole]] * (count - len(rows))
+    entries = np.concatenate([part for row in rows for part in row])
     with torch.inference_mode(False):  # the mask outlives this call
-        counts = torch.tensor([len(r) for r in rows]).view(1, 1, count)
-        lists = RowLists.from_counts(counts, torch.from_numpy(np.concatenate(rows)))
+        counts = torch.tensor([sum(map(len, r)) for r in rows]).view(1, 1, count)
+        lists = RowLists.from_counts(counts, torch.from_numpy(entries))
         return BlockMask.of_lists(lists, total, total - padding, block, check=False)
 
 
 def _video_rows(
     strip: _Strip, rows: range, base: int, head: int, high: int, stop: int
-) -> list[NDArray[np.int32]]:
-    """Return the kept columns of each row: the first ones, the strip's between, the last ones."""
+) -> list[list[NDArray[np.int32]]]:
+    """Return the kept columns of each row: the first ones, the strip's between, the last ones.
+
+    In parts, which are put together once for all rows.
+    """
     first, last = (np.arange(*ends, dtype=np.int32) for ends in ((head,), (high, stop)))
     width = int(np.abs(strip.cols).max(initial=0)) + rows.stop + strip.rows + 1
     owner = np.repeat(np.arange(strip.rows), np.diff(strip.ptr))
     place = owner * 2 * width + strip.cols + width  # rises over all rows
-    out: list[NDArray[np.int32]] = []
+    before, after = ([part] if len(part) else [] for part in (first, last))
+    out: list[list[NDArray[np.int32]]] = []
     for start in range(base, rows.stop, strip.rows):
         # columns are counted from `start` in the strip
         inner = np.arange(max(rows.start, start), min(rows.stop, start + strip.rows)) - start
@@ -278,6 +289,7 @@ def _video_rows(
         begin, end = np.searchsorted(place, at + head), np.searchsorted(place, at + high)
         shifted = strip.cols + np.int32(start)
         out += [
-            np.concatenate((first, shifted[a:b], last)) for a, b in zip(begin, end, strict=True)
+            [*before, shifted[a:b], *after]
+            for a, b in zip(begin.tolist(), end.tolist(), strict=True)
         ]
     return out

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from attnctl.kernels import BlockMask
 
-__all__ = ["RadialPlan", "plan_for", "speedup"]
+__all__ = ["RadialPlan", "attention_share", "plan_for", "speedup"]
 
 
 def speedup(share: float, dense: float, density: float) -> float:
@@ -21,6 +21,19 @@ def speedup(share: float, dense: float, density: float) -> float:
         density: kept part of the blocks in the others.
     """
     return 1 / (1 - share * (1 - dense) * (1 - density))
+
+
+def attention_share(tokens: int, width: int) -> float:
+    """Return the part of a dense step's time in self-attention, estimated by operations.
+
+    N tokens cost 4 N^2 width in attention and 24 N width^2 in the projections and the MLP of a
+    usual block.
+
+    Args:
+        tokens: N.
+        width: of the model, heads times head dim.
+    """
+    return tokens / (tokens + 6 * width)
 
 
 @dataclass(frozen=True)
@@ -69,7 +82,7 @@ def plan_for(
     dense_layers: int,
     dense_steps: list[bool],
     width: int,
-    attention_share: float | None,
+    share: float | None,
 ) -> RadialPlan:
     """Return the plan of a run.
 
@@ -79,11 +92,10 @@ def plan_for(
         dense_layers: how many of the first ones stay dense.
         dense_steps: for each step, whether it is dense.
         width: width of the model, heads times head dim.
-        attention_share: None for an estimate by operations: N tokens cost 4 N^2 width in
-            attention and 24 N width^2 in the projections and the MLP of a usual block.
+        share: part of a dense step's time in self-attention, None for `attention_share`.
     """
     density = torch.full((len(dense_steps), layers), mask.density, dtype=torch.float64)
     density[torch.tensor(dense_steps, dtype=torch.bool)] = 1
     density[:, :dense_layers] = 1
-    share = mask.nq / (mask.nq + 6 * width) if attention_share is None else attention_share
+    share = attention_share(mask.nq, width) if share is None else share
     return RadialPlan(mask, density, share)

@@ -29,15 +29,39 @@ class VideoTokens(NamedTuple):
 
     Args:
         frames: latent frames.
-        per_frame: tokens of a frame.
+        rows: rows of tokens in a frame.
+        columns: tokens in a row.
         before: other tokens in front of the video.
         after: other tokens behind it.
+        padding: how many of the last tokens are no keys.
     """
 
     frames: int
-    per_frame: int
-    before: int
-    after: int
+    rows: int
+    columns: int
+    before: int = 0
+    after: int = 0
+    padding: int = 0
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """Frames, rows, columns."""
+        return self.frames, self.rows, self.columns
+
+    @property
+    def per_frame(self) -> int:
+        """Tokens of a frame."""
+        return self.rows * self.columns
+
+    @property
+    def text(self) -> int:
+        """Tokens that are not of the video."""
+        return self.before + self.after
+
+    @property
+    def n(self) -> int:
+        """All tokens."""
+        return self.frames * self.per_frame + self.text
 
 
 def video_tokens(call: AttentionCall, name: str) -> VideoTokens:
@@ -64,7 +88,7 @@ def video_tokens(call: AttentionCall, name: str) -> VideoTokens:
             f"{name}: {call.site} attends within one frame of {high} x {wide} tokens; it drops "
             "attention between distant frames and needs a video"
         )
-    return VideoTokens(frames, high * wide, video.start, nq - video.stop)
+    return VideoTokens(frames, high, wide, video.start, nq - video.stop)
 
 
 _PADDINGS: WeakIdKeyDictionary = WeakIdKeyDictionary()

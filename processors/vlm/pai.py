@@ -21,23 +21,24 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from attnctl.control import Control, register
-from attnctl.errors import HostError, OptionError
+from attnctl.errors import OptionError
 from attnctl.hosts.run import Run
-from attnctl.records import AttentionCall, Tokens
+from attnctl.kernels.group_attention import Edit
+from attnctl.records import AttentionCall, Tokens, WrittenRow
 from attnctl.selectors import Selection
 from attnctl.sites import Sites
 
-__all__ = ["PAI", "add_bias", "raised_logits"]
+from .rows import EditedRow, RowMemory, edited, kernel_fits, recomputed_rows, tokens_of
 
-_CHUNK_ELEMENTS = 1 << 24
-"""Largest number of logits held at once."""
+__all__ = ["PAI", "add_bias", "raised_logits"]
 
 
 def raised_logits(q: Tensor, k: Tensor, weights: Tensor) -> Tensor:
@@ -65,6 +66,20 @@ def add_bias(mask: Tensor | None, bias: Tensor) -> Tensor:
     if mask.dtype == torch.bool:
         return bias.masked_fill(~mask, torch.finfo(bias.dtype).min)
     return bias + mask.to(bias.dtype)
+
+
+@dataclass(eq=False)
+class RaisedKeys(RowMemory):
+    """What the layers of a forward share: the keys to raise, and the weights of one row."""
+
+    weights: dict[int, tuple[Any, Tensor]] = field(default_factory=dict)
+    _codes: tuple[Tokens, Tensor] | None = None
+
+    def codes(self, tokens: Tokens, raised: Callable[[Tokens], Tensor]) -> Tensor:
+        """Return the keys to raise, uint8 [B, Nk]."""
+        if self._codes is None or self._codes[0] is not tokens:
+            self._codes = tokens, raised(tokens).view(torch.uint8)
+        return self._codes[1]
 
 
 @register
@@ -135,25 +150,30 @@ class PAI(Control):
         ends = self.last_layer == max(layers)
         return dataclasses.replace(self, last_layer=None) if ends else self
 
-    def begin(self, run: Run, selection: Selection) -> dict[int, tuple[Any, Tensor]]:
-        """Return room for the weights of a written token, which its layers share."""
-        return {}
+    def begin(self, run: Run, selection: Selection) -> RaisedKeys:
+        """Return room for what the layers of a forward share."""
+        return RaisedKeys()
 
     def attend(self, call: AttentionCall) -> Tensor:
         """Run the stock attention, then the rows with raised logits again."""
-        tokens = call.spans.tokens
-        if tokens is None:
-            raise HostError(f"{self.name} needs the decoder of a language model, got {call.site}")
+        tokens = tokens_of(call, self.name)
+        if kernel_fits(call, tokens):
+            state: RaisedKeys = call.state
+            edit = Edit(state.codes(tokens, self.raised), self.alpha, heads=state.heads(call))
+            return edited(call, edit, lambda: state.rows(call, tokens, self.rows))
         if call.q.shape[2] == 1:  # a written token
             return self._raise(call, tokens)
-        out = call.proceed()
-        for columns in self._columns(call, tokens):
-            some = call.queries_at(columns)
-            assert some.spans.tokens is not None
-            new = self._raise(some, some.spans.tokens)
-            chosen = self._chosen(some, some.spans.tokens)[:, None, :, None]
-            out = out.index_copy(2, columns, torch.where(chosen, new, out[:, :, columns]))
-        return out
+        return recomputed_rows(
+            call, tokens, self.rows, lambda some, few, _: self._raise(some, few)
+        )
+
+    def written(self, call: AttentionCall) -> WrittenRow | None:
+        """Return the edit of one row, where the kernel can run: images are in the prompt."""
+        tokens = tokens_of(call, self.name)
+        if type(self).raised is not PAI.raised or not kernel_fits(call, tokens):
+            return None
+        codes = tokens.slots("image").view(torch.uint8)
+        return EditedRow(Edit(codes, self.alpha, heads=call.state.heads(call)))
 
     def _raise(self, call: AttentionCall, tokens: Tokens) -> Tensor:
         bias = raised_logits(call.q, call.k, self._weights(call, tokens))
@@ -161,38 +181,29 @@ class PAI(Control):
 
     def _weights(self, call: AttentionCall, tokens: Tokens) -> Tensor:
         """Return alpha times the scale where logits are to be raised."""
-        single = call.q.shape[2] == 1
-        known = call.state.get(call.site.index if self._partial(call) else -1)
+        single, shared = call.q.shape[2] == 1, call.state.weights
+        which = -1 if call.every_head else call.site.index
+        known = shared.get(which)
         at = (call.step.index, call.k.shape, call.scale)
         if single and known is not None and known[0] == at:
             return known[1]
         scale = call.q.shape[-1] ** -0.5 if call.scale is None else call.scale
-        where = tokens.keys("image")[:, None, None]
+        where = self.raised(tokens)[:, None, None]
         if single:
             where = where & self._chosen(call, tokens)[:, None, :, None]
-        if self._partial(call):
+        if not call.every_head:
             where = where & call.heads.to(where.device)[:, None, None]
         weights = where.to(call.q.dtype) * (self.alpha * scale)
         if single:
-            call.state[call.site.index if self._partial(call) else -1] = (at, weights)
+            shared[which] = (at, weights)
         return weights
 
-    @staticmethod
-    def _partial(call: AttentionCall) -> bool:
-        return not bool(call.heads.all())
+    def raised(self, tokens: Tokens) -> Tensor:
+        """Return the keys whose logits are raised, bool [B, Nk]."""
+        return tokens.keys("image")
 
     def _chosen(self, call: AttentionCall, tokens: Tokens) -> Tensor:
         """Return the rows to treat, bool [B, Nq]."""
         if self.rows == "all":
             return call.q.new_ones((1, call.q.shape[2]), dtype=torch.bool)
         return tokens.queries(self.rows)
-
-    def _columns(self, call: AttentionCall, tokens: Tokens) -> tuple[Tensor, ...]:
-        """Return the numbers of the queries to treat, in parts of bounded size."""
-        batch, heads, queries, _ = call.q.shape
-        if self.rows == "all":
-            columns = torch.arange(queries, device=call.q.device)
-        else:
-            columns = tokens.columns(self.rows)
-        most = max(1, _CHUNK_ELEMENTS // (batch * heads * call.k.shape[2]))
-        return columns.split(most) if len(columns) else ()

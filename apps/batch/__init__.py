@@ -1,0 +1,1 @@
+"""Many pictures or videos from a file of jobs: resumable, each exactly once."""

@@ -1,0 +1,272 @@
+"""What latent controls and heat maps cost beside diffusers' Attend-and-Excite, in one run.
+
+    python -m attnctl.apps.bench.latent_cost --model sd1-5 --model sdxl --out cost.json
+
+UNets of real shape with random weights draw one picture with CFG, from embeddings, in pipelines
+without text encoders. Arms run in turn, and their steps are compared by the median; the first
+step of a run is left out, as what is learnt there (which sites have the grid) is learnt once:
+
+- stock: StableDiffusionPipeline;
+- heatmap: maps of two words read at every step;
+- a-star, attend-and-excite: ours, which move the latents at every step, once;
+- a-star, checkpointed: with gradient checkpointing;
+- diffusers: its StableDiffusionAttendAndExcitePipeline, likewise once at every step.
+
+That pipeline knows no SDXL, but its loop and its attention processors know nothing about the
+size of a UNet either: a hook gives SDXL's UNet the pooled embeddings that the loop leaves out,
+in every arm, so that the rest is diffusers' own code.
+
+To read: "step / diffusers", the milliseconds of a step against those of diffusers' pipeline, and
+"extra / diffusers", the same for the peak of memory less stock's peak.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import json
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionAttendAndExcitePipeline,
+    StableDiffusionPipeline,
+)
+from torch import nn
+
+import attnctl
+
+from .cost import MODELS, Inputs, moved_to
+
+__all__ = ["growth", "measure", "moving", "pipelines"]
+
+WORDS = [[3], [7]]
+"""Positions of two words; with random weights any will do."""
+THEIRS = "diffusers"
+PARTS = (1, 1.5, 2)
+"""Sides of the pictures for `growth`, over the model's own."""
+
+
+class Clock(DDIMScheduler):
+    """DDIM that notes when each of its steps ends, once the device is done."""
+
+    def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
+        """Begin a run."""
+        self.ends: list[float] = []
+        super().set_timesteps(*args, **kwargs)
+
+    def step(self, model_output: Any, *args: Any, **kwargs: Any) -> Any:
+        """Return the step, having noted the time."""
+        out = super().step(model_output, *args, **kwargs)
+        if model_output.is_cuda:
+            torch.cuda.synchronize()
+        self.ends.append(time.perf_counter())
+        return out
+
+    @property
+    def milliseconds(self) -> list[float]:
+        """What each step of the last run took, but the first."""
+        return [1e3 * (b - a) for a, b in itertools.pairwise(self.ends)]
+
+
+def build(name: str, device: str, dtype: torch.dtype) -> tuple[nn.Module, Callable[[int], Inputs]]:
+    """Return a UNet of `cost.MODELS` made on the device, and what makes its arguments."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            unet, inputs = MODELS[name]()
+    finally:
+        torch.set_default_dtype(before)
+    return unet.eval(), lambda n: moved_to(inputs(n), device, dtype)
+
+
+def pipelines(unet: nn.Module, inputs: Callable[[int], Inputs]) -> tuple[Any, Any]:
+    """Return the stock pipeline and diffusers' Attend-and-Excite around one UNet.
+
+    Args:
+        unet: the UNet; it gets a hook if it needs more than a text sequence.
+        inputs: makes its arguments for n rows.
+    """
+    if "added_cond_kwargs" in inputs(1):
+
+        def pooled(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+            rows = len(args[0] if args else kwargs["sample"])
+            added = inputs(rows)["added_cond_kwargs"]
+            return args, {**kwargs, "added_cond_kwargs": kwargs.get("added_cond_kwargs") or added}
+
+        unet.register_forward_pre_hook(pooled, with_kwargs=True)
+    # only its number of levels counts: latents are an eighth of the picture
+    vae = AutoencoderKL(
+        block_out_channels=(4,) * 4,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        norm_num_groups=2,
+    ).to(unet.device, unet.dtype)
+    scheduler = Clock(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False
+    )
+    both = []
+    for cls in (StableDiffusionPipeline, StableDiffusionAttendAndExcitePipeline):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the second one is deprecated
+            pipe = cls(
+                vae=vae, text_encoder=None, tokenizer=None, unet=unet, scheduler=scheduler,
+                safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+            )  # fmt: skip
+        pipe.set_progress_bar_config(disable=True)
+        both.append(pipe)
+    return both[0], both[1]
+
+
+def arms() -> dict[str, attnctl.Control | None]:
+    """Return the controls by arm, None for none."""
+    once: dict[str, Any] = {"words": WORDS, "updates": 0}
+    return {
+        "stock": None,
+        "heatmap": attnctl.HeatMap(WORDS, sink=lambda maps: None),
+        "a-star": attnctl.AStar(**once),
+        "a-star, checkpointed": attnctl.AStar(**once, checkpoint=True),
+        "attend-and-excite": attnctl.AttendAndExcite(**once, stop=1.0),
+        THEIRS: None,
+    }
+
+
+def moving(steps: int) -> dict[str, Any]:
+    """Return the arguments with which diffusers' pipeline moves the latents as our arms do."""
+    return {
+        "token_indices": [one[0] for one in WORDS],
+        "max_iter_to_alter": steps,
+        "thresholds": {},
+        "attn_res": None,  # a quarter of the latents' sides; 16 x 16 unless it is given
+    }
+
+
+def measure(
+    both: tuple[Any, Any], inputs: Callable[[int], Inputs], *, steps: int, rounds: int
+) -> dict[str, Any]:
+    """Return by arm milliseconds a step, peak memory, and the ratios of the module docstring.
+
+    Args:
+        both: from `pipelines`.
+        inputs: makes the UNet's arguments for n rows.
+        steps: of a run, the first of which is not timed.
+        rounds: timed runs after a warm one.
+    """
+    spent: dict[str, list[float]] = {}
+    peaks: dict[str, int] = {}
+    options = call_of(both[0].unet, inputs, steps)
+    for turn in range(rounds + 1):
+        for name, control in arms().items():
+            pipe, more = (both[1], moving(steps)) if name == THEIRS else (both[0], {})
+            peaks[name] = peak_of(pipe, control, {**options, **more})
+            if turn:
+                spent.setdefault(name, []).extend(pipe.scheduler.milliseconds)
+    return _figures(spent, peaks if both[0].unet.device.type == "cuda" else {})
+
+
+def growth(
+    pipe: Any, inputs: Callable[[int], Inputs], *, steps: int = 2
+) -> dict[str, dict[str, float]]:
+    """Return GiB of the peaks of stock and of heat maps, by the side of the latents."""
+    found = {}
+    for part in PARTS:
+        options = call_of(pipe.unet, inputs, steps, part)
+        peaks = {n: peak_of(pipe, c, options) for n, c in list(arms().items())[:2]}
+        row = {name: round(peak / 2**30, 4) for name, peak in peaks.items()}
+        row["more"] = round((peaks["heatmap"] - peaks["stock"]) / 2**30, 4)
+        found[str(options["latents"].shape[-1])] = row
+    return found
+
+
+def call_of(
+    unet: Any, inputs: Callable[[int], Inputs], steps: int, part: float = 1
+) -> dict[str, Any]:
+    """Return the arguments of a pipeline's call, the picture `part` times as wide and high."""
+    text = inputs(2)["encoder_hidden_states"]
+    side = int(unet.config.sample_size * part)
+    draw = torch.Generator().manual_seed(0)
+    noise = torch.randn(1, unet.config.in_channels, side, side, generator=draw)
+    return {
+        "prompt": None,
+        "prompt_embeds": text[:1],
+        "negative_prompt_embeds": text[1:],
+        "latents": noise.to(text),
+        "height": 8 * side,
+        "width": 8 * side,
+        "num_inference_steps": steps,
+        "guidance_scale": 7.5,
+        "output_type": "latent",
+    }
+
+
+def peak_of(pipe: Any, control: attnctl.Control | None, options: dict[str, Any]) -> int:
+    """Run a pipeline and return the peak of the GPU's memory in bytes, 0 on a CPU."""
+    inside: AbstractContextManager[Any] = contextlib.nullcontext()
+    if control is not None:
+        inside = attnctl.patch(pipe, control)
+    cuda = pipe.unet.device.type == "cuda"
+    with inside:
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        pipe(**options)
+        return torch.cuda.max_memory_allocated() if cuda else 0
+
+
+def _figures(spent: dict[str, list[float]], peaks: dict[str, int]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, times in spent.items():
+        found[name] = {
+            "step_ms": round(statistics.median(times), 3),
+            "range_ms": [round(min(times), 3), round(max(times), 3)],
+        }
+        if peaks:
+            found[name]["peak_gib"] = round(peaks[name] / 2**30, 4)
+    stock, theirs = found["stock"], found[THEIRS]
+    for name, row in found.items():
+        row["step / stock"] = round(row["step_ms"] / stock["step_ms"], 4)
+        if name not in ("stock", "heatmap", THEIRS):
+            row["step / diffusers"] = round(row["step_ms"] / theirs["step_ms"], 4)
+            if peaks:
+                extra = [peaks[key] - peaks["stock"] for key in (name, THEIRS)]
+                row["extra / diffusers"] = round(extra[0] / extra[1], 4)
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=("sd1-5", "sdxl", "sd-small"), action="append")
+    parser.add_argument("--steps", type=int, default=5, help="of a run")
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args(arguments)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    data: dict[str, Any] = {
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "torch": torch.__version__,
+        "dtype": str(dtype),
+    }
+    for name in given.model or ["sd-small"]:
+        unet, inputs = build(name, device, dtype)
+        both = pipelines(unet, inputs)
+        data[name] = {"arms": measure(both, inputs, steps=given.steps, rounds=given.rounds)}
+        if device == "cuda":
+            data[name]["heat maps by side of the latents"] = growth(both[0], inputs)
+        if given.out:  # after every model: the next may not fit
+            given.out.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(data, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,269 @@
+"""What controls of a vision-language model's decoder cost, side by side in one run.
+
+    python -m attnctl.apps.bench.vlm_cost --model llava-1.5-7b --out cost.json
+
+Decoders of real shape with random weights read a prompt with as many image tokens as the real
+model has, and write. The vision tower is left out: it costs the same in every arm, so that the
+ratios here are those of the decoder alone. Arms are run in turn, and compared by their medians:
+
+- stock: the model on sdpa;
+- neutral: patched with controls whose options are off;
+- pai, var: patched; of the image tokens about one in fifty counts as a sink for VAR;
+- eager: the stock model with eager attention that returns its maps, which is what methods do
+  that edit maps.
+
+To read: tokens a second of writing, milliseconds of reading, peak memory, each against stock.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import attnctl
+
+__all__ = ["MODELS", "Shape", "measure"]
+
+BEFORE, AFTER = 35, 60
+"""Text tokens before and after the image."""
+
+SINK_DIMS, SPIKE, TAU = (0, 1), 100.0, 5.0
+"""Where sinks have spikes, how large, and the least phi of a sink."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A decoder.
+
+    Args:
+        kind: model class of transformers, without "ForConditionalGeneration".
+        text: its decoder's configuration.
+        image: id of the image token.
+        tokens: image tokens of a prompt.
+    """
+
+    kind: str
+    text: dict[str, Any]
+    image: int
+    tokens: int
+
+
+_LLAMA = {"model_type": "llama", "vocab_size": 32064, "max_position_embeddings": 4096}
+_QWEN = {
+    "vocab_size": 152064,
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 32768,
+    "rope_scaling": {"type": "default", "rope_type": "default", "mrope_section": [16, 24, 24]},
+}
+_SMALL = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+}
+MODELS = {
+    "llava-1.5-7b": Shape("Llava", _LLAMA, 32000, 576),
+    "llava-next-7b": Shape("LlavaNext", _LLAMA, 32000, 2880),
+    "qwen2.5-vl-7b": Shape("Qwen2_5_VL", _QWEN, 151655, 8000),
+    "small": Shape("Llava", {**_LLAMA, **_SMALL}, 32000, 576),
+}
+
+
+def build(shape: Shape, device: str, dtype: torch.dtype) -> Any:
+    """Return the model with random weights; its vision tower is a tiny one."""
+    import transformers
+
+    clip = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
+    eyes = {"model_type": "clip_vision_model", **clip, "num_attention_heads": 2}
+    if shape.kind == "Qwen2_5_VL":
+        width = shape.text["hidden_size"]
+        eyes = {"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16}
+        eyes |= {"out_hidden_size": width, "fullatt_block_indexes": [0]}
+    config = getattr(transformers, f"{shape.kind}Config")(
+        text_config=shape.text, vision_config=eyes, image_token_id=shape.image
+    )
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            model = getattr(transformers, f"{shape.kind}ForConditionalGeneration")(config)
+    finally:
+        torch.set_default_dtype(before)
+    model.set_attn_implementation({"text_config": "sdpa"})
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
+    _tell_apart(model)
+    return model.eval()
+
+
+def _tell_apart(model: Any) -> None:
+    """Give the tokens of a prompt different embeddings, and every 50th those of a sink.
+
+    No picture does so here; and alike, all image tokens or none would be sinks, so that VAR
+    would have nothing to do. The spikes stay in the residual stream through all layers.
+    """
+    known: dict[torch.Size, Tensor] = {}
+
+    def spread(_: Any, __: Any, out: Tensor) -> Tensor:
+        if out.shape[1] == 1:
+            return out
+        if out.shape not in known:
+            draw = torch.Generator().manual_seed(1)
+            noise = torch.randn(out.shape, generator=draw).to(out) * out.detach().std()
+            noise[:, ::50, list(SINK_DIMS)] = SPIKE
+            known[out.shape] = noise
+        return out + known[out.shape]
+
+    model.get_input_embeddings().register_forward_hook(spread)
+
+
+def prompt(shape: Shape, batch: int, device: str) -> dict[str, Tensor]:
+    """Return text, image tokens and text again, alike in no two rows."""
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(10, 30000, (batch, BEFORE + shape.tokens + AFTER), generator=draw)
+    ids[:, 0] = 1
+    ids[:, BEFORE : BEFORE + shape.tokens] = shape.image
+    return {"input_ids": ids.to(device), "attention_mask": torch.ones_like(ids).to(device)}
+
+
+def arms() -> dict[str, tuple[attnctl.Control, ...]]:
+    """Return the stacks by name; "eager" is the stock model with other attention."""
+    var: dict[str, Any] = {"sink_dims": SINK_DIMS, "tau": TAU}
+    return {
+        "stock": (),
+        "neutral": (attnctl.PAI(alpha=0.0), attnctl.VAR(**var, p_moved=0.0)),
+        "pai": (attnctl.PAI(),),
+        "var": (attnctl.VAR(**var),),
+        "eager": (),
+    }
+
+
+@torch.inference_mode()
+def measure(
+    model: Any, inputs: dict[str, Tensor], *, tokens: int, rounds: int, only: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Return times and peak memory of every arm, and the ratios to stock.
+
+    Args:
+        model: the model.
+        inputs: the prompt.
+        tokens: to write.
+        rounds: timed rounds after a warm one.
+        only: names of the arms besides stock; all if empty.
+    """
+    spent: dict[str, list[tuple[float, float]]] = {}
+    peaks: dict[str, float] = {}
+    cuda = model.device.type == "cuda"
+    for turn in range(rounds + 1):
+        for name, stack in arms().items():
+            if only and name not in ("stock", *only):
+                continue
+            eager = name == "eager"
+            model.set_attn_implementation({"text_config": "eager" if eager else "sdpa"})
+            inside: AbstractContextManager[Any] = (
+                attnctl.patch(model, *stack) if stack else nullcontext()
+            )
+            with inside:
+                if cuda:
+                    torch.cuda.reset_peak_memory_stats()
+                found = _times(model, inputs, tokens, eager)
+            if turn:
+                spent.setdefault(name, []).append(found)
+            if cuda:
+                peaks[name] = torch.cuda.max_memory_allocated() / 2**30
+    model.set_attn_implementation({"text_config": "sdpa"})
+    return _figures(spent, peaks, tokens)
+
+
+def _times(model: Any, inputs: dict[str, Tensor], tokens: int, maps: bool) -> tuple[float, float]:
+    """Return the milliseconds of reading the prompt and those of writing after it."""
+    length = {"min_new_tokens": 1, "do_sample": False, "output_attentions": maps}
+    length |= {"return_dict_in_generate": True}
+
+    def write(n: int) -> float:
+        return _timed(
+            lambda: model.generate(**inputs, **{**length, "min_new_tokens": n}, max_new_tokens=n),
+            model.device,
+        )
+
+    reading = write(1)
+    return reading, write(tokens + 1) - reading
+
+
+def _timed(run: Callable[[], Any], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def _figures(
+    spent: dict[str, list[tuple[float, float]]], peaks: dict[str, float], tokens: int
+) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, times in spent.items():
+        reading, writing = (statistics.median(side) for side in zip(*times, strict=True))
+        found[name] = {
+            "prefill_ms": round(reading, 3),
+            "tokens_per_second": round(1e3 * tokens / writing, 3),
+            "rounds_prefill_ms": [round(a, 3) for a, _ in times],
+            "rounds_decode_ms": [round(b, 3) for _, b in times],
+        }
+        if name in peaks:
+            found[name]["peak_gib"] = round(peaks[name], 4)
+    stock = found["stock"]
+    for figures in found.values():
+        for key in ("prefill_ms", "tokens_per_second", "peak_gib"):
+            if key in figures:
+                figures[f"{key} / stock"] = round(figures[key] / stock[key], 4)
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=MODELS, default="small")
+    parser.add_argument("--tokens", type=int, default=64, help="to write")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--arms", default="", help="such as pai,var; default: all")
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args(arguments)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    shape = MODELS[given.model]
+    model, inputs = build(shape, device, dtype), prompt(shape, given.batch, device)
+    only = tuple(filter(None, given.arms.split(",")))
+    data = {
+        "model": given.model,
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "torch": torch.__version__,
+        "image_tokens": shape.tokens,
+        "batch": given.batch,
+        "arms": measure(model, inputs, tokens=given.tokens, rounds=given.rounds, only=only),
+    }
+    text = json.dumps(data, indent=1)
+    print(text)
+    if given.out:
+        given.out.write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

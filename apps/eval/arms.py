@@ -1,0 +1,154 @@
+"""The arms of an evaluation, stock, the control, and both with wrong images, and their runs."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from tqdm import tqdm
+
+import attnctl
+from attnctl.apps.chosen import Chosen
+from attnctl.apps.record import control_data
+
+from .answer_file import AnswerFile
+from .answering import Answerer, Reply, chat
+from .bad_data import BadData, EvalError, Skips
+from .items import Item, find_image
+
+__all__ = ["Arm", "Asking", "patched", "run_arm"]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to answer every question.
+
+    Attributes:
+        name: e.g. "stock" or "pai".
+        chosen: the controls, none for the stock model.
+        shown: item whose image is shown instead, by id; None to show each item's own.
+    """
+
+    name: str
+    chosen: tuple[Chosen, ...] = ()
+    shown: Mapping[str, Item] | None = None
+
+    def facts(self) -> dict[str, Any]:
+        """Return what the answers depend on: the controls, their code, and wrong images."""
+        code = hashlib.sha256()
+        for one in self.chosen:
+            code.update(Path(inspect.getfile(type(one.control))).read_bytes())
+        swapped = None if self.shown is None else {k: v.image for k, v in self.shown.items()}
+        controls = [control_data(one) for one in self.chosen]
+        return {"controls": controls, "code": code.hexdigest(), "shown": swapped}
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How questions are put.
+
+    Attributes:
+        images: folder of the images.
+        prompt: the words, "{question}" standing for the question.
+        batch: questions per call.
+        max_new_tokens: most tokens per answer.
+    """
+
+    images: Path
+    prompt: str = "{question}"
+    batch: int = 8
+    max_new_tokens: int = 64
+
+    def check(self) -> None:
+        """Refuse what cannot be asked.
+
+        Raises:
+            EvalError: if a value is out of range.
+        """
+        if "{question}" not in self.prompt:
+            raise EvalError(f"--prompt {self.prompt!r} does not hold {{question}}")
+        if self.batch < 1 or self.max_new_tokens < 1:
+            raise EvalError("--batch and --max-new-tokens must be 1 at least")
+        if not self.images.is_dir():
+            raise EvalError(f"--images {self.images} is no folder")
+
+
+@contextlib.contextmanager
+def patched(model: Any, chosen: Sequence[Chosen]) -> Iterator[None]:
+    """Run a block with controls installed.
+
+    Raises:
+        EvalError: if a control was never reached though the model was called.
+    """
+    if not chosen:
+        yield
+        return
+    with attnctl.patch(model, *(one.control for one in chosen)) as handle:
+        yield
+        for line in handle.report().lines:
+            if line.steps and not line.calls and not line.forwards and not line.control.neutral:
+                raise EvalError(f"{line.control} was never reached by this model's calls")
+
+
+def run_arm(
+    arm: Arm,
+    items: Sequence[Item],
+    asking: Asking,
+    answerer: Answerer,
+    file: AnswerFile,
+    skips: Skips,
+) -> None:
+    """Ask what has no answer yet.
+
+    Batches are the same whether a run was interrupted or not, since padding to another length
+    may change an answer: a batch of which one answer is missing is asked as a whole.
+
+    Raises:
+        BadData: if an image cannot be read and may not be left out.
+    """
+    parts = [items[i : i + asking.batch] for i in range(0, len(items), asking.batch)]
+    todo = [part for part in parts if file.missing(part)]
+    if not todo:
+        return
+    with patched(answerer.model, arm.chosen):
+        for part in tqdm(todo, desc=arm.name, mininterval=2.0, disable=None):
+            pictures = {item.id: _picture(item, arm, asking.images, skips) for item in part}
+            seen = [item for item in part if isinstance(pictures[item.id], Image.Image)]
+            replies = _replies(seen, pictures, asking, answerer)
+            for item in file.missing(part):
+                reply = replies.get(item.id)
+                if reply is None:
+                    file.add(item, {"skipped": pictures[item.id]})
+                else:
+                    file.add(item, {"answer": reply.text, "ended": reply.ended})
+
+
+def _replies(
+    items: Sequence[Item], pictures: Mapping[str, Any], asking: Asking, answerer: Answerer
+) -> dict[str, Reply]:
+    if not items:
+        return {}
+    chats = [chat(asking.prompt.replace("{question}", item.question)) for item in items]
+    images = [[pictures[item.id]] for item in items]
+    replies = answerer.reply(chats, images, asking.max_new_tokens)
+    return {item.id: reply for item, reply in zip(items, replies, strict=True)}
+
+
+def _picture(item: Item, arm: Arm, folder: Path, skips: Skips) -> Image.Image | str:
+    """Return the image to show, or why it cannot be read."""
+    shown = item if arm.shown is None else arm.shown[item.id]
+    try:
+        path = find_image(shown, folder)
+        try:
+            return Image.open(path).convert("RGB")
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise item.bad(f"the image {path} cannot be read: {error}") from error
+    except BadData as error:
+        skips.bad(error)
+        return str(error)

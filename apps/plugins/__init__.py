@@ -1,0 +1,1 @@
+"""Models for other evaluation programs: any vision-language model with any control."""

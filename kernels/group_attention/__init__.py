@@ -1,0 +1,26 @@
+"""Attention that treats a few groups of keys differently: masses, parts, factors, edited rows."""
+
+from .api import codes_fit, edit_rows, edited_row, rows_fit, sink_codes
+from .edit import Edit, Rows
+from .reference import (
+    group_attention,
+    group_masses,
+    merge_groups,
+    regrouped_attention,
+    row_probabilities,
+)
+
+__all__ = [
+    "Edit",
+    "Rows",
+    "codes_fit",
+    "edit_rows",
+    "edited_row",
+    "group_attention",
+    "group_masses",
+    "merge_groups",
+    "regrouped_attention",
+    "row_probabilities",
+    "rows_fit",
+    "sink_codes",
+]

@@ -1,0 +1,43 @@
+"""What is done to some rows of attention: one record for the kernel and its callers."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+__all__ = ["Edit", "Rows"]
+
+
+class Edit(NamedTuple):
+    """An edit of the weights of single keys; formulas in `triton`.
+
+    Args:
+        codes: uint8 [B or 1, P] of the first P keys; the others have code 0.
+        strength: alpha of raised logits, or p, the share of the sinks' attention that is moved.
+        move: whether attention is moved, not logits raised.
+        rho: least share of the other image tokens in the attention to the image.
+        least: least attention to the image.
+        heads: uint8 [H], not 0 at the heads to edit; None for all.
+        first: code of the first key is codes[:, first] (sliding windows).
+    """
+
+    codes: Tensor
+    strength: float
+    move: bool = False
+    rho: float = 0.0
+    least: float = 0.0
+    heads: Tensor | None = None
+    first: int = 0
+
+
+class Rows(NamedTuple):
+    """Some of the queries of a batch.
+
+    Args:
+        columns: int32 [R], their numbers, each once.
+        flags: uint8 [B, R], not 0 where the row of the batch has this query.
+    """
+
+    columns: Tensor
+    flags: Tensor

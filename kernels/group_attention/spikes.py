@@ -1,0 +1,57 @@
+"""Codes of a prompt's keys in one launch: which tokens have spikes in the sink dimensions."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+__all__ = ["sink_codes_triton"]
+
+
+@triton.jit(do_not_specialize=["n_tokens", "limit"])
+def sink_codes_kernel(
+    X, Dims, Labels, Codes, sx_b, sx_n, sl_b, n_tokens, limit, tau, tiny,
+    N_DIMS: tl.constexpr, WIDTH: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """Write the code of one token."""
+    i_n, i_b = tl.program_id(0), tl.program_id(1)
+    p_x = X + i_b.to(tl.int64) * sx_b + i_n.to(tl.int64) * sx_n
+    o_d, o_s = tl.arange(0, BD), tl.arange(0, BS)
+    square = tl.zeros([BD], tl.float32)
+    for start in tl.static_range(0, WIDTH, BD):
+        x = tl.load(p_x + start + o_d, mask=start + o_d < WIDTH, other=0.0).to(tl.float32)
+        square += x * x
+    rms = tl.sqrt(tl.maximum(tl.sum(square, 0) / WIDTH, tiny))
+    spike = tl.load(p_x + tl.load(Dims + o_s, mask=o_s < N_DIMS, other=0), mask=o_s < N_DIMS,
+                    other=0.0)  # fmt: skip
+    phi = tl.max(tl.abs(spike.to(tl.float32)), 0) / rms
+    label = tl.load(Labels + i_b * sl_b + i_n).to(tl.int32)
+    image = (label == 1) | (label == 3)
+    sink = (phi >= tau) & (label < 2) & (i_n < limit)
+    code = tl.where(image, tl.where(sink, 2, 3), tl.where(sink, 1, 0))
+    tl.store(Codes + i_b * n_tokens + i_n, code.to(tl.uint8))
+
+
+def sink_codes_triton(
+    hidden: Tensor, dims: Tensor, labels: Tensor, tau: float, limit: int
+) -> Tensor:
+    """Return the codes uint8 [B, N] of tokens: 1 text sink, 2 image sink, 3 other image, else 0.
+
+    Args:
+        hidden: [B, N, width], what a layer reads, unit stride last.
+        dims: the sink dimensions, a whole-number tensor.
+        labels: uint8 [B, N]: 0 text, 1 image, 2 padding, 3 image tokens that are never sinks.
+        tau: least phi of a sink.
+        limit: tokens from this one on are never sinks.
+    """
+    batch, n, width = hidden.shape
+    codes = torch.empty((batch, n), dtype=torch.uint8, device=hidden.device)
+    sink_codes_kernel[(n, batch)](
+        hidden, dims, labels, codes, *hidden.stride()[:2], labels.stride(0), n, limit, tau,
+        torch.finfo(torch.float32).tiny,
+        N_DIMS=dims.shape[0], WIDTH=width, BS=triton.next_power_of_2(dims.shape[0]),
+        BD=min(1024, triton.next_power_of_2(width)),
+    )  # fmt: skip
+    return codes

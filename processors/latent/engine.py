@@ -1,0 +1,500 @@
+"""The one engine of the latent-gradient methods: look at the maps, step down a loss, look again.
+
+Before the denoiser's own call of a step, the conditional rows run once more with gradients; the
+maps of the text tokens at the selected sites make a loss per sample, and the latents move,
+
+    x' = x - s_i dL/dx,      s_i = scale sqrt(r_i),    r_i = linspace(1, decay, steps)_i
+
+x being the latents as the denoiser is given them (variance preserving for every scheduler, so
+that a scale means the same for DDIM and Euler). The moved latents go into all denoiser calls of
+the step, with CFG in one call or two, and into the scheduler's step.
+
+What it takes care of: the gradient pass ends after the last site that it needs, which saves the
+rest of the model in both directions; weights are frozen meanwhile, so that no activation is kept
+for their sake; the caller may be in no_grad or inference mode; half precision has a scaled loss,
+and samples whose gradient is not finite stay where they are, with a warning.
+
+References:
+    Chefer et al., "Attend-and-Excite", 2023 (arXiv 2301.13826), whose step sizes and refinement
+    these are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from attnctl.errors import AttnctlWarning, ControlConflict, HostError, OptionError
+from attnctl.processors.windowed import Windowed
+from attnctl.records import AttentionCall, ForwardCall, Step
+from attnctl.words.prompts import prompts_of
+
+from .maps import Grid, Seen, seen, sharpened, text_maps
+from .targets import Positions, Target, content_of, targets_of
+
+if TYPE_CHECKING:
+    from attnctl.hosts.run import Run
+    from attnctl.selectors import Selection
+
+__all__ = ["LatentControl", "Maps", "State"]
+
+T = TypeVar("T")
+_HALF_SCALE = 2.0**10
+"""Factor on the loss in float16, whose smallest number is 6e-8."""
+
+
+@dataclass(frozen=True)
+class Maps:
+    """What a loss sees of one sample at one step.
+
+    Args:
+        text: [tokens, frames, height, width]; over the tokens they sum to 1 everywhere.
+        targets: the objects.
+        step: where the run stands.
+        content: tokens of the prompt's words; of the objects where the others are not known.
+        noun_only: whether an object's map is its noun's, else the mean over all its words.
+        drop: columns at either end that `sharp` leaves out.
+        sample: which sample of the batch this is.
+    """
+
+    text: Tensor
+    targets: tuple[Target, ...]
+    step: Step
+    content: Positions = ()
+    noun_only: bool = True
+    drop: tuple[int, int] = (1, 1)
+    sample: int = 0
+
+    def sharp(self) -> Tensor:
+        """Return the maps of all tokens after Attend-and-Excite's softmax; 0 where dropped."""
+        first, last = self.drop[0], len(self.text) - self.drop[1]
+        inner = sharpened(self.text[first:last])
+        ends = inner.new_zeros((1, *inner.shape[1:]))
+        before, after = ends.expand(first, -1, -1, -1), ends.expand(self.drop[1], -1, -1, -1)
+        return torch.cat([before, inner, after])
+
+    def objects(self, maps: Tensor) -> Tensor:
+        """Return one map an object [K, frames, height, width], the mean over its tokens."""
+        return torch.stack(
+            [maps[list(t.noun if self.noun_only else t.tokens)].mean(0) for t in self.targets]
+        )
+
+    def word(self, maps: Tensor, positions: Positions) -> Tensor:
+        """Return the map of a word [frames, height, width], the mean over its pieces."""
+        return maps[list(positions)].mean(0)
+
+
+@dataclass(eq=False)
+class State:
+    """What one run of a latent control remembers.
+
+    Args:
+        targets: the objects by prompt.
+        content: tokens of all words by prompt, () where they are not known.
+        step: step whose latents have been moved.
+        sites: the sites whose maps are used; None until the first gradient pass.
+        seen: queries and keys of the pass under way, by site.
+        memory: what each sample's loss keeps from step to step.
+        skipped: (step, sample) whose gradient was not finite.
+    """
+
+    targets: list[tuple[Target, ...]]
+    content: list[Positions]
+    step: int = -1
+    sites: tuple[int, ...] | None = None
+    ends_early: bool = False
+    seen: dict[int, list[Seen]] = field(default_factory=dict)
+    memory: dict[int, dict[str, Any]] = field(default_factory=dict)
+    loss_scale: float = _HALF_SCALE
+    skipped: list[tuple[int, int]] = field(default_factory=list)
+
+    def of(self, each: Sequence[T], sample: int, samples: int) -> T:
+        """Return what a sample's prompt has; the samples of one prompt follow each other."""
+        return each[sample * len(each) // samples]
+
+
+class _Enough(BaseException):
+    """Ends a gradient pass after the last site that is needed."""
+
+
+@dataclass(frozen=True)
+class LatentControl(Windowed):
+    """Base of the latent-gradient controls: subclasses say what the loss of a sample is.
+
+    Args:
+        words: the objects: None for the concepts of each prompt; else nouns with their
+            attributes before them (["red circle", "blue square"], or text with commas), or
+            token positions ([[3], [7]]; with attributes [[[2], [3]], [[6], [7]]]).
+        scale: s, the step size; 0 is off.
+        heads: selector of the cross- and joint-attention sites whose maps are used.
+        start: fraction of the run at which it begins.
+        stop: fraction of the run at which it ends.
+        shrink: of the sites' grids the one is used whose height is nearest to that of the
+            latents over `shrink`, as 16x16 is for Stable Diffusion at 512 pixels.
+        decay: r at the last step, in [0, 1].
+        tokens: "noun", or "phrase" for the mean over all words of an object.
+        normalise: divide the gradient by its root mean square first, so that `scale` is that
+            of the move, whatever the model.
+        keep_norm: scale each sample back to the norm it had (ours): a move then turns the
+            latents, and leaves them as large as the noise level wants them.
+        refine_at: fractions of the run at which to refine: repeat until the loss is low enough.
+        reach: 1 - the loss that is low enough, at each of `refine_at`.
+        updates: at most so many repetitions; 0 for no refinement.
+        checkpoint: gradient checkpointing: less memory, one more forward.
+    """
+
+    words: Any = None
+    scale: float = 20.0
+    heads: Any = "all"
+    start: float = 0.0
+    stop: float = 1.0
+    shrink: float = 4.0
+    decay: float = 0.5
+    tokens: Literal["noun", "phrase"] = "noun"
+    normalise: bool = False
+    keep_norm: bool = False
+    refine_at: tuple[float, float, float] = (0.0, 0.2, 0.4)
+    reach: tuple[float, float, float] = (0.05, 0.5, 0.8)
+    updates: int = 0
+    checkpoint: bool = False
+
+    kinds: ClassVar[tuple[str, ...]] = ("cross", "joint")
+    own_rows_only: ClassVar[bool] = True
+    least: ClassVar[int] = 1
+    """Fewest objects that the loss needs."""
+    drop: ClassVar[tuple[int, int]] = (1, 1)
+    """Text columns at either end that the losses leave out, as Attend-and-Excite does."""
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.scale) or self.scale < 0:
+            raise OptionError(f"{self.name}: scale={self.scale} must be finite, 0 or above")
+        if not 0 <= self.decay <= 1:
+            raise OptionError(f"{self.name}: decay={self.decay} is outside [0, 1]")
+        if not self.shrink > 0:
+            raise OptionError(f"{self.name}: shrink={self.shrink} must be above 0")
+        if self.updates < 0:
+            raise OptionError(f"{self.name}: updates={self.updates} must be 0 or above")
+        if self.tokens not in ("noun", "phrase"):
+            raise OptionError(f"{self.name}: tokens={self.tokens!r} is not one of noun, phrase")
+        for name in ("refine_at", "reach"):
+            if not all(0 <= f <= 1 for f in getattr(self, name)):
+                raise OptionError(f"{self.name}: {name}={getattr(self, name)} leaves [0, 1]")
+        _ = self.schedule  # checks start and stop
+
+    # -- what a method says ------------------------------------------------------------------
+
+    def loss(self, maps: Maps, memory: dict[str, Any]) -> Tensor:
+        """Return the loss of one sample, a scalar.
+
+        Args:
+            maps: its maps now.
+            memory: what `remember` kept at the sample's step before; empty at the first.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must say what its loss is")
+
+    def shortfall(self, maps: Maps, loss: Tensor) -> Tensor:
+        """Return what refinement brings down: the loss, or another scalar."""
+        return loss
+
+    def remember(self, maps: Maps, memory: dict[str, Any]) -> None:
+        """Keep in `memory` what the next step's loss needs, after this step's last look."""
+
+    def choose(self, targets: tuple[Target, ...], columns: int) -> tuple[Target, ...]:
+        """Return the objects to steer, of a number of text tokens; placebos return others."""
+        return targets
+
+    def direction(self, grad: Tensor) -> Tensor:
+        """Return what the latents [n, ...] move against; placebos override it."""
+        return grad
+
+    # -- planes ------------------------------------------------------------------------------
+
+    @property
+    def neutral(self) -> bool:
+        """A scale of 0, or no step."""
+        return self.scale == 0 or self.schedule.empty
+
+    def begin(self, run: Run, selection: Selection) -> State:
+        """Find the objects of every prompt."""
+        if run.pipe is None:
+            raise HostError(
+                f"{self.name} moves the latents, which a bare denoiser's caller holds: patch the "
+                "pipeline instead"
+            )
+        prompts = prompts_of(run)
+        targets = [targets_of(prompt, self.words) for prompt in prompts]
+        few = next((t for t in targets if len(t) < self.least), None)
+        if few is not None:
+            raise OptionError(
+                f"{self.name} needs at least {self.least} objects and was given {len(few)}: name "
+                "them, such as words=['cat', 'dog']"
+            )
+        return State(targets, [content_of(prompt) for prompt in prompts])
+
+    def attend(self, call: AttentionCall) -> Tensor:
+        """Note queries and keys of the gradient pass; the output stays the stock one."""
+        state: State = call.state
+        index = call.site.index
+        if state.sites is None or index in state.sites:
+            found = seen(call)
+            if found is not None:
+                state.seen.setdefault(index, []).append(found)
+        if state.ends_early and state.sites and index == state.sites[-1]:
+            raise _Enough
+        return call.proceed()
+
+    def denoise(self, call: ForwardCall) -> Tensor:
+        """Move the latents once a step, before its first conditional call."""
+        state: State = call.state
+        call = call.caught_up()
+        if state.step == call.step.index or "cond" not in call.rows:
+            if state.step != call.step.index and "uncond" in call.rows:
+                raise HostError(
+                    f"{self.name}: this pipeline runs the unconditional branch first, so that its "
+                    "latents cannot be moved in time"
+                )
+            return call.proceed()
+        if call.cached:
+            raise ControlConflict(
+                f"{self.name} needs every block to run, but a diffusers cache is on: call "
+                "disable_cache() first"
+            )
+        state.step = call.step.index
+        moved = self._moved(call, state)
+        return call.proceed() if moved is None else call.move_latents(moved).proceed()
+
+    # -- one step ----------------------------------------------------------------------------
+
+    def _moved(self, call: ForwardCall, state: State) -> Tensor | None:
+        """Return the latents after this step's updates, None if none moved."""
+        with _gradients(call, self.checkpoint):
+            alone = call.only("cond", call.role)
+            alone = replace(alone, inputs=_ordinary(alone.inputs), rest=())
+            first = alone.latents.detach().float()
+            end = self._descend(_Pass(self, alone, state), first)
+        return None if torch.equal(end, first) else end
+
+    def _descend(self, run: _Pass, x: Tensor) -> Tensor:
+        size = self.step_size(run.call.step)
+        look = run.look(x)
+        target = self._target(run.call.step)
+        if target is not None:
+            going = look.shortfalls > target
+            for _ in range(self.updates):
+                if not going.any():
+                    break
+                met = look.shortfalls <= target
+                x = run.update(look, size, going)
+                look = run.look(x)
+                going = going & ~met  # the one that met the target is moved once more
+        x = run.update(look, size, None)
+        for i, maps in enumerate(look.maps):
+            self.remember(maps, run.state.memory.setdefault(i, {}))
+        return x
+
+    def step_size(self, step: Step) -> float:
+        """Return s_i."""
+        part = step.index / (step.count - 1) if step.count > 1 else 0.0
+        return self.scale * math.sqrt(1 - (1 - self.decay) * min(part, 1.0))
+
+    def _target(self, step: Step) -> float | None:
+        """Return the loss to reach at this step, None if it is no step of refinement."""
+        if not self.updates:
+            return None
+        for fraction, reach in zip(self.refine_at, self.reach, strict=True):
+            if step.index == round(fraction * step.count):
+                return 1 - reach
+        return None
+
+
+@dataclass(frozen=True)
+class _Look:
+    """Latents [n, ...] with a graph, the losses [n] they have, and what refinement goes by."""
+
+    x: Tensor
+    losses: Tensor
+    shortfalls: Tensor
+    maps: list[Maps]
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """Gradient passes of one step."""
+
+    control: LatentControl
+    call: ForwardCall
+    state: State
+
+    def look(self, x: Tensor) -> _Look:
+        """Run the model with gradients and return the losses."""
+        leaf = x.detach().requires_grad_(True)
+        self.state.seen.clear()
+        self._run(self.call.with_latents(leaf))
+        self._choose_sites(x)
+        assert self.state.sites is not None
+        calls = [self.state.seen[index] for index in self.state.sites]
+        text = text_maps(calls, len(x))
+        self.state.seen.clear()
+        maps = [self._maps(text, i, len(x)) for i in range(len(x))]
+        memory, control = self.state.memory, self.control
+        losses = [control.loss(m, memory.setdefault(i, {})) for i, m in enumerate(maps)]
+        short = [control.shortfall(m, one).detach() for m, one in zip(maps, losses, strict=True)]
+        return _Look(leaf, torch.stack(losses), torch.stack(short), maps)
+
+    def _run(self, call: ForwardCall) -> None:
+        self.state.ends_early = self.state.sites is not None and _may_end(call)
+        with contextlib.suppress(_Enough):
+            call.base(call)
+
+    def _choose_sites(self, x: Tensor) -> None:
+        """Settle, after the first pass, which sites have the grid that is wanted."""
+        if self.state.sites is not None:
+            return
+        grids = {index: calls[0].grid for index, calls in self.state.seen.items()}
+        if not grids:
+            raise HostError(
+                f"{self.control.name}: none of its sites ran with text keys; select other sites"
+            )
+        best = _nearest(set(grids.values()), x, self.control.shrink)
+        self.state.sites = tuple(sorted(i for i, grid in grids.items() if grid == best))
+
+    def _maps(self, text: Tensor, sample: int, samples: int) -> Maps:
+        control = self.control
+        state = self.state
+        targets = control.choose(state.of(state.targets, sample, samples), text.shape[1])
+        last = max(p for target in targets for p in target.tokens)
+        if last >= text.shape[1]:
+            raise HostError(
+                f"{control.name}: a word has the token position {last}, but there are "
+                f"{text.shape[1]} text tokens here, counted from 0"
+            )
+        content = state.of(state.content, sample, samples)
+        content = content or tuple(sorted({p for t in targets for p in t.tokens}))
+        return Maps(
+            text[sample], targets, self.call.step, content, control.tokens == "noun",
+            control.drop, sample=sample,
+        )  # fmt: skip
+
+    def update(self, look: _Look, size: float, going: Tensor | None) -> Tensor:
+        """Return the latents one step down; samples that are not `going` stay."""
+        if not look.losses.requires_grad:
+            return look.x.detach()
+        half = next(iter(self.call.inputs.values())).dtype == torch.float16
+        factor = self.state.loss_scale if half else 1.0
+        (grad,) = torch.autograd.grad(look.losses.sum() * factor, look.x)
+        grad = grad / factor
+        grad = self.control.direction(grad)
+        finite = torch.isfinite(grad).flatten(1).all(1)
+        if not finite.all():
+            self._skip(finite)
+        keep = finite if going is None else finite & going
+        x = look.x.detach()
+        if self.control.normalise:
+            grad = grad * x[0].numel() ** 0.5 / _norms(grad)
+        moved = x - size * grad
+        if self.control.keep_norm:
+            moved = moved * _norms(x) / _norms(moved)
+        return torch.where(keep.view(-1, *[1] * (x.ndim - 1)), moved, x)
+
+    def _skip(self, finite: Tensor) -> None:
+        """Report samples without a finite gradient, and be more careful from now on."""
+        state, step = self.state, self.call.step.index
+        state.loss_scale = max(1.0, state.loss_scale / 16)
+        bad = (~finite).nonzero().flatten().tolist()
+        if not state.skipped:
+            warnings.warn(
+                f"{self.control.name}: the gradient of sample {bad[0]} at step {step} is not "
+                "finite, so its latents are left as they are there (and at later steps like it)",
+                AttnctlWarning,
+                stacklevel=2,
+            )
+        state.skipped += [(step, sample) for sample in bad]
+
+
+def _norms(x: Tensor) -> Tensor:
+    """Return the norm of each sample, shaped to go with [n, ...]."""
+    norms = x.flatten(1).norm(dim=1).clamp_min(1e-20)
+    return norms.view(-1, *[1] * (x.ndim - 1))
+
+
+def _nearest(grids: set[Grid], x: Tensor, shrink: float) -> Grid:
+    if x.ndim < 4 or len(grids) == 1:
+        return max(grids)
+    height = x.shape[-2] / shrink
+    return min(grids, key=lambda grid: abs(math.log(grid[1] / height)))
+
+
+# -- running a model with gradients -----------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _gradients(call: ForwardCall, checkpoint: bool) -> Iterator[None]:
+    """Inside, gradients flow to inputs, not to weights; compiled code runs as it was written."""
+    model = call.model
+    stance = torch.compiler.set_stance("force_eager")
+    with torch.inference_mode(False), torch.enable_grad(), stance, _frozen(model):
+        turned = checkpoint and not getattr(model, "is_gradient_checkpointing", True)
+        if turned:
+            model.enable_gradient_checkpointing()
+        try:
+            yield
+        finally:
+            if turned:
+                model.disable_gradient_checkpointing()
+
+
+@contextlib.contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Inside, no parameter wants a gradient, so that layers keep no inputs for one."""
+    parameters = list(model.parameters())
+    _check_offload(parameters)
+    wanting = [p for p in parameters if p.requires_grad]
+    for p in wanting:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in wanting:
+            p.requires_grad_(True)
+
+
+def _check_offload(parameters: Sequence[Tensor]) -> None:
+    if any(p.is_meta for p in parameters):
+        raise HostError(
+            "sequential CPU offload takes the weights away before the backward pass, which a "
+            "latent control needs: use enable_model_cpu_offload(), or checkpoint=True on the GPU"
+        )
+
+
+def _may_end(call: ForwardCall) -> bool:
+    """Whether the pass may be broken off: nothing waits for its end.
+
+    Checkpointed blocks run again up to where they ended, hooks may have to put something back,
+    and adapters that were scaled for the call are scaled back at its end.
+    """
+    model = call.model
+    if getattr(model, "is_gradient_checkpointing", False):
+        return False
+    hooked = ("_hf_hook", "_diffusers_hook")
+    if any(name in vars(module) for module in model.modules() for name in hooked):
+        return False
+    given = (call.inputs.get(key) for key in ("cross_attention_kwargs", "joint_attention_kwargs"))
+    return not any(kwargs and "scale" in kwargs for kwargs in given) and call.rows.n > 0
+
+
+def _ordinary(value: Any) -> Any:
+    """Return inputs that autograd may keep: copies of tensors made in inference mode."""
+    if isinstance(value, Tensor):
+        return value.clone() if value.is_inference() else value
+    if isinstance(value, dict):
+        return {key: _ordinary(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_ordinary(one) for one in value)
+    return value

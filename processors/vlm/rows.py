@@ -1,0 +1,155 @@
+"""Some rows of a decoder's attention computed a second time: what row edits share.
+
+The stock attention runs for all queries; the rows that an edit is about are then computed with
+explicit weights, in parts of bounded size, and put in their place. Nothing is kept of the maps.
+Where a kernel can do this (`kernel_fits`), it does so in one launch, and what it needs is made
+once for all layers (`RowMemory`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from attnctl.errors import HostError
+from attnctl.kernels.group_attention import Edit, Rows, edit_rows, edited_row, rows_fit
+from attnctl.records import AttentionCall, Tokens
+
+__all__ = ["EditedRow", "RowMemory", "edited", "kernel_fits", "recomputed_rows", "tokens_of"]
+
+_CHUNK_ELEMENTS = 1 << 24
+"""Largest number of logits held at once."""
+
+
+def tokens_of(call: AttentionCall, name: str) -> Tokens:
+    """Return the roles of a call's tokens.
+
+    Args:
+        call: the call.
+        name: of the control, for the message.
+
+    Raises:
+        HostError: outside of a language model's decoder.
+    """
+    tokens = call.spans.tokens
+    if tokens is None:
+        raise HostError(f"{name} needs the decoder of a language model, got {call.site}")
+    return tokens
+
+
+def recomputed_rows(
+    call: AttentionCall,
+    tokens: Tokens,
+    role: str,
+    compute: Callable[[AttentionCall, Tokens, Tensor], Tensor],
+) -> Tensor:
+    """Return a call's output with the rows of a role computed anew.
+
+    Args:
+        call: the call; the rest of the stack runs on it once, for all rows.
+        tokens: roles of its tokens.
+        role: role of the queries to compute, or "all" for every query.
+        compute: given a call on some queries, their tokens and their rows [B, H, R, Dv] of the
+            output so far, returns these rows anew.
+    """
+    out = call.proceed()
+    for columns in _parts(call, tokens, role):
+        some = call.queries_at(columns)
+        few, old = tokens_of(some, role), out[:, :, columns]
+        new = compute(some, few, old)
+        if role != "all":  # a batch's rows hold their tokens at different places
+            new = torch.where(few.queries(role)[:, None, :, None], new, old)
+        out = out.index_copy(2, columns, new)
+    return out
+
+
+def _parts(call: AttentionCall, tokens: Tokens, role: str) -> Iterator[Tensor]:
+    """Yield the numbers of the queries of a role in some row, in parts of bounded size."""
+    batch, heads, queries, _ = call.q.shape
+    if role == "all":
+        columns = torch.arange(queries, device=call.q.device)
+    else:
+        columns = tokens.columns(role)
+    most = max(1, _CHUNK_ELEMENTS // (batch * heads * call.k.shape[2]))
+    if len(columns):
+        yield from columns.split(most)
+
+
+def kernel_fits(call: AttentionCall, tokens: Tokens) -> bool:
+    """Whether `edited` can take a call: nothing acts further in, and the kernel is there."""
+    known = call.q.shape[2] > 1 or tokens.written
+    return known and call.plain and not call.rest and rows_fit(call.q, call.k, call.v, call.mask)
+
+
+def edited(call: AttentionCall, edit: Edit, rows: Callable[[], Rows]) -> Tensor:
+    """Return a call's output with some rows edited by the kernel.
+
+    Args:
+        call: a call that `kernel_fits`.
+        edit: the edit.
+        rows: returns the queries to edit; not asked for a written token.
+    """
+    if call.q.shape[2] == 1:
+        return edited_row(call.q, call.k, call.v, edit, call.mask, call.scale)
+    out = call.proceed()
+    edit_rows(
+        call.q, call.k, call.v, out, edit, rows(), call.mask, call.scale, call.is_causal
+    )  # fmt: skip
+    return out
+
+
+class EditedRow:
+    """What is done to all later written tokens of a prompt: one edit (`Control.written`)."""
+
+    def __init__(self, edit: Edit) -> None:
+        self.edit = edit
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        scale: float | None,
+        first: int,
+    ) -> Tensor | None:
+        """Return the output [B, H, 1, D], None where the kernel cannot take the call."""
+        if not rows_fit(q, k, v, mask):
+            return None
+        edit = self.edit if first == self.edit.first else self.edit._replace(first=first)
+        return edited_row(q, k, v, edit, mask, scale)
+
+
+@dataclass(eq=False)
+class RowMemory:
+    """What the layers of a forward share about the rows of an edit."""
+
+    _heads: dict[int, Tensor] = field(default_factory=dict)
+    _rows: tuple[Tokens, Rows] | None = None
+
+    def heads(self, call: AttentionCall) -> Tensor | None:
+        """Return the chosen heads uint8 [H] beside the queries, None for all of them."""
+        if call.every_head:
+            return None
+        site = call.site.index
+        if site not in self._heads:
+            self._heads[site] = call.heads.to(call.q.device, torch.uint8)
+        return self._heads[site]
+
+    def rows(self, call: AttentionCall, tokens: Tokens, role: str) -> Rows:
+        """Return the queries of a role, or "all"; an edit has one role."""
+        if self._rows is None or self._rows[0] is not tokens:
+            batch, _, n, _ = call.q.shape
+            device = call.q.device
+            if role == "all":
+                columns = torch.arange(n, device=device, dtype=torch.int32)
+                flags = torch.ones((batch, n), device=device, dtype=torch.uint8)
+            else:
+                found = tokens.columns(role)
+                columns = found.to(torch.int32)
+                flags = tokens.queries(role)[:, found].to(torch.uint8).contiguous()
+            self._rows = tokens, Rows(columns, flags)
+        return self._rows[1]

@@ -1,0 +1,190 @@
+"""Attention sinks of a decoder: tokens that get attention and carry no content.
+
+Sinks are told by the residual stream x that a layer reads. In a few fixed dimensions of the
+model, D_sink, they are far above the rest:
+
+    phi(x) = max_{d in D_sink} |x_d| / sqrt(mean_d x_d^2)    >= tau.
+
+References:
+    Kang, Kim, Kim and Hwang, "See What You Are Told: Visual Attention Sink in Large Multimodal
+    Models", ICLR 2025 (arXiv 2503.03321): phi, tau = 20, two dimensions per model.
+    Sun, Chen, Kolter and Liu, "Massive Activations in Large Language Models", 2024.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from attnctl.errors import HostError, OptionError
+from attnctl.hosts.vlm_tokens import fit_rows
+from attnctl.kernels.group_attention import codes_fit, sink_codes
+from attnctl.records import AttentionCall, Residual, Tokens
+
+from .rows import RowMemory
+
+__all__ = ["SinkMemory", "phi", "rms_normed"]
+
+
+def rms_normed(x: Tensor) -> Tensor:
+    """Return x / sqrt(mean_d x_d^2) over the last dimension, in float32 at least; 0 for 0."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    tiny = torch.finfo(wide.dtype).tiny
+    return wide * wide.square().mean(-1, keepdim=True).clamp_min(tiny).rsqrt()
+
+
+def phi(x: Tensor, dims: Sequence[int] | Tensor) -> Tensor:
+    """Return max_{d in dims} |x_d| / sqrt(mean_d x_d^2).
+
+    Args:
+        x: [..., width], the residual stream before the norm.
+        dims: the sink dimensions.
+
+    Returns:
+        [...] in float32 (float64 for float64 inputs); at most sqrt(width).
+
+    Raises:
+        OptionError: if a dimension is outside the width.
+    """
+    if not isinstance(dims, Tensor):
+        dims = dims_tensor(dims, x)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    tiny = torch.finfo(wide.dtype).tiny
+    rms = wide.square().mean(-1).clamp_min(tiny).sqrt()
+    return wide[..., dims].abs().amax(-1) / rms
+
+
+def dims_tensor(dims: Sequence[int], x: Tensor) -> Tensor:
+    """Return sink dimensions as an index on the device of x [..., width].
+
+    Raises:
+        OptionError: if a dimension is outside the width.
+    """
+    if max(dims) >= x.shape[-1]:
+        raise OptionError(
+            f"sink dimension {max(dims)} is outside this model's {x.shape[-1]}: the dimensions "
+            "are those of another checkpoint; attnctl.calibrate_sink_dims finds them"
+        )
+    return torch.tensor(tuple(dims), device=x.device)
+
+
+@dataclass(eq=False)
+class SinkMemory(RowMemory):
+    """Which prompt tokens are sinks, layer by layer, for as long as their cache is in use.
+
+    Found when the prompt is read. Written tokens never become sinks, so that beams of a prompt
+    share its sinks and may be reordered. Kept as codes: 1 text sink, 2 image sink, 3 other image
+    token, 0 the rest.
+
+    Args:
+        dims: sink dimensions.
+        tau: least phi of a sink.
+        protect: image tokens that are never sinks, by number from 0 within a prompt's image
+            tokens.
+    """
+
+    dims: tuple[int, ...] = ()
+    tau: float = 20.0
+    protect: tuple[int, ...] = ()
+    _index: Tensor | None = None
+    _labels: tuple[Tokens, Tensor] | None = None
+    _codes: dict[int, Tensor] = field(default_factory=dict)
+    _groups: dict[int, Tensor] = field(default_factory=dict)
+    _seen: dict[int, tuple[int, int]] = field(default_factory=dict)
+    _acts: dict[int, bool] = field(default_factory=dict)
+
+    def codes(self, call: AttentionCall, tokens: Tokens) -> Tensor:
+        """Return the codes [B, P] of the first tokens, uint8."""
+        site, residual = call.site.index, call.residual
+        if residual is None:
+            raise HostError(
+                f"the residual stream of {call.site} is not known: its layer was not called in "
+                "the usual way, so that no sinks can be found"
+            )
+        if self._seen.get(site) != (call.step.index, residual.past):
+            self._seen[site] = (call.step.index, residual.past)
+            if residual.past < residual.prompt:
+                self._read(site, residual, tokens)
+        return fit_rows(self._codes[site], call.q.shape[0])
+
+    def groups(self, call: AttentionCall, tokens: Tokens) -> Tensor:
+        """Return masks [B, 3, P] of the first keys: text sinks, image sinks, other image tokens.
+
+        Floating, 0 and 1, in the type that weights are computed in.
+        """
+        site, codes = call.site.index, self.codes(call, tokens)
+        if site not in self._groups:
+            wide = torch.promote_types(call.q.dtype, torch.float32)
+            parts = [self._codes[site] == code for code in (1, 2, 3)]
+            self._groups[site] = torch.stack(parts, dim=1).to(wide)
+        return fit_rows(self._groups[site][..., tokens.first :], codes.shape[0])
+
+    def act(self, site: int) -> bool:
+        """Whether some row of the prompt has an image sink at a site.
+
+        Asked for one written token after another: the answers for all layers are fetched
+        from the device together.
+        """
+        if site not in self._acts:
+            known = [(codes == 2).any() for codes in self._codes.values()]
+            self._acts = dict(zip(self._codes, torch.stack(known).tolist(), strict=True))
+        return self._acts[site]
+
+    def _read(self, site: int, residual: Residual, tokens: Tokens) -> None:
+        """Find the sinks among the tokens of this forward, and note the codes of all so far."""
+        codes = self._found_codes(residual, tokens)
+        old = self._codes.get(site)
+        if old is not None and residual.past:
+            old = fit_rows(old, codes.shape[0])[:, : residual.past]
+            gap = residual.past - old.shape[1]  # tokens written between two parts of a prompt
+            codes = torch.cat([torch.nn.functional.pad(old, (0, gap)), codes], dim=1)
+        self._codes[site] = codes
+        self._groups.pop(site, None)
+        self._acts.clear()
+
+    def _found_codes(self, residual: Residual, tokens: Tokens) -> Tensor:
+        """Return the codes [B, N] of the tokens of this forward."""
+        x, standard = residual.hidden, type(self).found is SinkMemory.found
+        if standard and codes_fit(x):
+            limit = residual.prompt - residual.past
+            labels = self._labels_of(residual, tokens)
+            return sink_codes(x, self._dims(x), labels, self.tau, limit)
+        found = self.found(residual, tokens).to(torch.uint8)
+        image = tokens.slots("image")[:, residual.past :]
+        return torch.where(image, 3 - found, found)
+
+    def _labels_of(self, residual: Residual, tokens: Tokens) -> Tensor:
+        """Return what the kernel is told of this forward's tokens; the layers share it."""
+        if self._labels is None or self._labels[0] is not tokens:
+            image = tokens.slots("image")
+            labels = image.to(torch.uint8).masked_fill_(tokens.slots("pad"), 2)
+            if self.protect:
+                labels.masked_fill_(self._protected(tokens), 3)
+            self._labels = tokens, labels[:, residual.past :]
+        return self._labels[1]
+
+    def _dims(self, x: Tensor) -> Tensor:
+        if self._index is None or self._index.device != x.device:
+            self._index = dims_tensor(self.dims, x)
+        return self._index
+
+    def found(self, residual: Residual, tokens: Tokens) -> Tensor:
+        """Return which tokens of this forward are sinks, bool [B, N]."""
+        x = residual.hidden
+        sinks = phi(x, self._dims(x)) >= self.tau
+        sinks = sinks & ~tokens.slots("pad")[:, residual.past :]
+        written = max(0, residual.past + x.shape[1] - residual.prompt)  # without a cache
+        if written:
+            sinks[:, -written:] = False
+        if self.protect:
+            sinks = sinks & ~self._protected(tokens)[:, residual.past :]
+        return sinks
+
+    def _protected(self, tokens: Tokens) -> Tensor:
+        image = tokens.slots("image")
+        number = image.cumsum(1) - 1
+        chosen = torch.tensor(self.protect, device=image.device)
+        return image & torch.isin(number, chosen)

@@ -1,0 +1,282 @@
+"""Edited rows by the Triton kernel, in Triton's interpreter on the CPU, against float64 maps.
+
+The interpreter must be asked for before triton is imported, so these tests run in a process of
+their own.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import attnctl
+from attnctl.kernels.group_attention import (
+    Edit,
+    Rows,
+    codes_fit,
+    edit_rows,
+    edited_row,
+    rows_fit,
+    sink_codes,
+)
+from attnctl.processors.vlm.sinks import phi
+from attnctl.processors.vlm.var import reads_image, redistribution
+from attnctl.testing import oracles
+from attnctl.testing.calls import tensors
+from attnctl.testing.vlms import VLMS, generate
+
+pytest.importorskip("triton")
+torch.set_num_threads(1)
+INSIDE = os.environ.get("TRITON_INTERPRET") == "1"
+inside = pytest.mark.skipif(not INSIDE, reason="run by test_in_the_interpreter")
+CLOSE = {torch.float32: 2e-5, torch.float16: 4e-3}
+RHO, LEAST = 0.3, 0.1
+
+if INSIDE:
+    from triton.runtime import interpreter
+
+    from attnctl.kernels.group_attention import triton as kernel
+
+    _stock = interpreter._patch_lang_tensor
+
+    def _patched(tensor, scope):
+        """Read loop bounds as numpy 2.4 wants it: Triton 3.6 converts arrays of one element."""
+        _stock(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = _patched
+
+
+@pytest.mark.skipif(INSIDE, reason="this is the interpreter")
+def test_in_the_interpreter() -> None:
+    command = [sys.executable, "-P", "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    hidden = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [*command, __file__], env={**os.environ, **hidden}, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-4000:]
+
+
+def test_a_cpu_takes_the_torch_path() -> None:
+    if INSIDE:
+        return
+    q, k, v = tensors(1, 2, 1, 8, keys=5, dtype=torch.float32)
+    assert not rows_fit(q, k, v, None) and not codes_fit(torch.zeros(1, 2, 3))
+
+
+def codes_of(batch: int, keys: int) -> Tensor:
+    """Return codes of the first keys: sinks of both kinds, image tokens and none."""
+    draw = torch.Generator().manual_seed(4)
+    codes = torch.randint(0, 4, (batch, keys - 3), generator=draw).to(torch.uint8)
+    codes[:, 2:6] = torch.tensor([1, 2, 3, 0])
+    return codes
+
+
+def masks(kind: str, batch: int, heads: int, queries: int, keys: int) -> Tensor | None:
+    draw = torch.Generator().manual_seed(5)
+    if kind == "none":
+        return None
+    if kind == "bool":  # left padding
+        seen = torch.ones(batch, 1, queries, keys, dtype=torch.bool)
+        seen[-1, :, :, :2] = False
+        return seen
+    bias = torch.randn(1, heads, 1, keys, generator=draw)
+    bias[..., 5] = torch.finfo(torch.float32).min
+    return bias
+
+
+def wanted(
+    q: Tensor, k: Tensor, v: Tensor, edit: Edit, mask: Tensor | None, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """Return the output on maps in float64 with every row edited, and where it is [B, H, Nq]."""
+    q, k, v = q.double(), k.double(), v.double()
+    batch, heads, n_q, width = q.shape
+    n_k = k.shape[2]
+    code = torch.zeros(batch, n_k, dtype=torch.uint8)
+    mine = edit.codes[:, edit.first :].expand(batch, -1)[:, :n_k]
+    code[:, : mine.shape[1]] = mine
+    free = torch.ones(heads, dtype=torch.bool) if edit.heads is None else edit.heads != 0
+    a = q @ k.repeat_interleave(heads // k.shape[1], dim=1).transpose(-1, -2) / width**0.5
+    if not edit.move:
+        raised = (code != 0)[:, None, None] & free[:, None, None]
+        a = a + torch.where(raised, edit.strength * a.abs(), 0.0)
+    if causal:
+        a = a.masked_fill(~oracles.causal_mask(n_q, n_k), -torch.inf)
+    if mask is not None:
+        a = a.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else a + mask.double()
+    w = a.softmax(-1)
+    hit = free[:, None].expand(batch, heads, n_q)
+    if edit.move:
+        groups = torch.stack([code == g for g in (1, 2, 3)], dim=1).double()
+        sums = w @ groups.transpose(-1, -2)[:, None]
+        hit = reads_image(sums, edit.rho, edit.least) & free[:, None]
+        w = w * (1 + (redistribution(sums, hit, edit.strength) - 1) @ groups[:, None])
+    return oracles.apply_map(w, v), hit
+
+
+EDITS: list[dict[str, Any]] = [
+    {"strength": 0.7},
+    {"strength": 0.6, "move": True, "rho": RHO, "least": LEAST},
+]
+
+
+@inside
+@pytest.mark.parametrize("edit", EDITS, ids=["raise", "move"])
+@pytest.mark.parametrize(
+    ("batch", "heads", "kv", "keys", "width", "dtype", "some", "first", "mask"),
+    [
+        (2, 3, 3, 67, 8, torch.float32, False, 0, "none"),
+        (2, 6, 2, 131, 24, torch.float16, True, 0, "bool"),
+        (1, 7, 1, 70, 64, torch.float32, True, 5, "float"),
+        (1, 7, 1, 70, 64, torch.float32, True, 5, "none"),
+        # more heads in a group than a block has rows
+        (1, 20, 1, 9, 16, torch.float32, False, 0, "bool"),
+    ],
+)
+def test_a_written_token(
+    batch: int, heads: int, kv: int, keys: int, width: int, dtype: torch.dtype, some: bool,
+    first: int, mask: str, edit: dict[str, Any],
+) -> None:  # fmt: skip
+    q, k, v = tensors(batch, heads, 1, width, kv_heads=kv, keys=keys, dtype=dtype)
+    chosen = (torch.arange(heads) % 2).to(torch.uint8) if some else None
+    made = Edit(codes_of(batch, keys), **edit, heads=chosen, first=first)
+    seen = masks(mask, batch, heads, 1, keys)
+    assert rows_fit(q, k, v, seen)
+    out = edited_row(q, k, v, made, seen, None)
+    assert out.shape == q.shape and out.transpose(1, 2).is_contiguous()
+    exact, hit = wanted(q, k, v, made, seen, False)
+    assert hit.any()
+    assert (out.double() - exact).abs().max() < CLOSE[dtype]
+    plain = wanted(q, k, v, made._replace(strength=0.0), seen, False)[0]
+    assert (exact - plain).abs().max() > 10 * CLOSE[dtype]  # the edit can be told
+
+
+@inside
+@pytest.mark.parametrize("edit", EDITS, ids=["raise", "move"])
+@pytest.mark.parametrize(("heads", "kv", "keys"), [(2, 2, 333), (7, 1, 257)])
+def test_keys_of_a_written_token_in_parts(
+    heads: int, kv: int, keys: int, edit: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernel, "FEWEST_KEYS", 60)
+    splits = kernel._splits(1, heads // kv, 2 * kv, keys)
+    assert splits > 2
+    q, k, v = tensors(2, heads, 1, 8, kv_heads=kv, keys=keys, dtype=torch.float32)
+    some = (torch.arange(heads) % 2).to(torch.uint8)
+    seen = masks("bool", 2, heads, 1, keys)
+    assert seen is not None
+    seen[:, :, :, 64:192] = False  # a part without a key
+    for made in (Edit(codes_of(2, keys), **edit), Edit(codes_of(2, keys), **edit, heads=some)):
+        exact, _ = wanted(q, k, v, made, seen, False)
+        out = edited_row(q, k, v, made, seen, None)
+        assert (out.double() - exact).abs().max() < CLOSE[torch.float32]
+
+
+@inside
+@pytest.mark.parametrize("edit", EDITS, ids=["raise", "move"])
+@pytest.mark.parametrize(
+    ("mask", "causal", "dtype"),
+    [
+        ("none", True, torch.float32),
+        ("none", True, torch.float16),
+        ("none", False, torch.float32),
+        ("bool", False, torch.float32),
+        ("float", True, torch.float32),
+    ],
+)
+def test_rows_of_a_prompt(
+    mask: str, causal: bool, dtype: torch.dtype, edit: dict[str, Any]
+) -> None:
+    batch, heads, n = 2, 6, 37
+    q, k, v = tensors(batch, heads, n, 8, kv_heads=2, keys=n, dtype=dtype)
+    columns = torch.tensor([0, 3, 9, 20, 21, 22, 36], dtype=torch.int32)
+    flags = torch.ones(batch, 7, dtype=torch.uint8)
+    flags[1, 2] = 0
+    seen = masks(mask, batch, heads, n, n)
+    some = (torch.arange(heads) != 1).to(torch.uint8)
+    made = Edit(codes_of(batch, n), **edit, heads=some)
+    out = torch.full((batch, n, heads, 8), 7.0, dtype=dtype).transpose(1, 2)
+    edit_rows(q, k, v, out, made, Rows(columns, flags), seen, None, causal)
+    exact, hit = wanted(q, k, v, made, seen, causal)
+    asked = torch.zeros(batch, n, dtype=torch.bool)
+    asked[:, columns.long()] = flags != 0
+    hit = hit & asked[:, None]
+    assert (out[~hit] == 7).all() and 0 < int(hit.sum()) < hit.numel()  # the rest as it was
+    assert (out.double() - exact).abs().amax(-1)[hit].max() < CLOSE[dtype]
+
+
+@inside
+def test_rows_that_see_nothing_get_zeros() -> None:
+    q, k, v = tensors(1, 2, 1, 8, keys=5, dtype=torch.float32)
+    nothing = torch.zeros(1, 1, 1, 5, dtype=torch.bool)
+    for edit in EDITS:
+        out = edited_row(q, k, v, Edit(codes_of(1, 9), **edit), nothing, None)
+        assert (out == 0).all()
+
+
+@inside
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("width", [24, 1030])
+def test_codes_of_keys(width: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x, dims, n = torch.randn(2, 19, width).to(dtype), torch.tensor([3, 17, 5]), 19
+    labels = torch.randint(0, 4, (2, n)).to(torch.uint8)
+    tau, limit = 1.5, 16
+    sink = (phi(x, dims) >= tau) & (labels < 2) & (torch.arange(n) < limit)
+    image = (labels == 1) | (labels == 3)
+    exact = torch.where(image, 3 - sink.to(torch.uint8), sink.to(torch.uint8))
+    found = sink_codes(x, dims, labels, tau, limit)
+    assert torch.equal(found, exact)
+    assert found.unique().tolist() == [0, 1, 2, 3]
+
+
+CONTROLS: dict[str, dict[str, Any]] = {
+    "pai": {"alpha": 1.0, "first_layer": 0},
+    "var": {"sink_dims": (3, 17), "tau": 1.3, "rho_nonsink": 0.4, "image_mass": 0.1},
+}
+
+
+@inside
+@pytest.mark.parametrize(
+    ("family", "control", "options"),
+    [
+        ("llava", "pai", {}),
+        ("llava", "pai", {"rows": "all", "heads": "L0H1-3 L1"}),
+        ("qwen2.5-vl", "pai", {"rows": "text"}),
+        ("gemma3", "pai", {}),
+        ("llava", "var", {"protect": (1,)}),
+        ("qwen2.5-vl", "var", {"heads": "H0 H3"}),
+        ("gemma3", "var", {"skip_last": False}),
+    ],
+)
+def test_whole_models_take_it(
+    family: str, control: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompt and written tokens, padding, windows: as on the torch path."""
+    model, inputs = VLMS[family].build(), VLMS[family].inputs((0, 1))
+    made = attnctl.control(control, **{**CONTROLS[control], **options})
+    runs: list[bool] = []
+    launch = kernel.edited_rows_triton
+
+    def counted(*args: Any) -> None:
+        runs.append(args[5] is None)
+        launch(*args)
+
+    monkeypatch.setattr(kernel, "edited_rows_triton", counted)
+    stock = generate(model, inputs, 3)
+    with attnctl.patch(model, made):
+        found = generate(model, inputs, 3)
+    assert any(runs) and not all(runs)  # written tokens, and the prompt
+    monkeypatch.setattr("attnctl.processors.vlm.rows.rows_fit", lambda *_: False)
+    monkeypatch.setattr("attnctl.processors.vlm.sinks.codes_fit", lambda *_: False)
+    runs.clear()
+    with attnctl.patch(model, made):
+        plain = generate(model, inputs, 3)
+    assert not runs
+    torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-4)
+    assert (plain - stock).abs().max() > 1e-3
