@@ -219,7 +219,8 @@ def convert(cls: type[Control], key: str, value: Any) -> Any:
     if not isinstance(value, str):
         return value
     hint = typing.get_type_hints(cls)[key]
-    for kind in _alternatives(hint):
+    # "none" is None first, and only then a text
+    for kind in sorted(_alternatives(hint), key=lambda kind: kind is not type(None)):
         try:
             return _read(kind, value)
         except ValueError:

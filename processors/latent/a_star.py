@@ -83,7 +83,7 @@ class AStar(LatentControl):
     segregate: float = 1.0
     retain: float = 1.0
     level: float = 0.5
-    layout: Any = None
+    layout: Any | None = None
 
     name: ClassVar[str] = "a-star"
 

@@ -150,7 +150,7 @@ class LatentControl(Windowed):
         checkpoint: gradient checkpointing: less memory, one more forward.
     """
 
-    words: Any = None
+    words: Any | None = None
     scale: float = 20.0
     heads: Any = "all"
     start: float = 0.0
