@@ -52,7 +52,7 @@ def launch(
         prevent_thread_lock=not block,
         max_file_size=service.limits.upload_bytes,
         app_kwargs={"middleware": [gate]},
-        state_session_capacity=1000,
+        state_session_capacity=100,
         enable_monitoring=False,
         mcp_server=False,
         ssr_mode=False,

@@ -24,6 +24,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+# Triton 3.9 calls it so; before, it was named after where the copy goes
+_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+
 __all__ = ["block_sparse_gluon_kernel"]
 
 
@@ -130,7 +133,7 @@ def _copy(desc, b, h, start, full, empty, ring, at, STAGES: gl.constexpr):
     stage = at % STAGES
     mbarrier.wait(empty.index(stage), ((at // STAGES) & 1) ^ 1)
     mbarrier.expect(full.index(stage), desc.block_type.nbytes)
-    tma.async_copy_global_to_shared(desc, [b, h, start, 0], full.index(stage), ring.index(stage))
+    _load(desc, [b, h, start, 0], full.index(stage), ring.index(stage))
 
 
 @gluon.jit
@@ -143,9 +146,7 @@ def _producer(
     mbarrier.expect(shared.q_full.index(0), q_desc.block_type.nbytes * 2)
     for half in gl.static_range(2):
         start = row * BLOCK + half * (BLOCK // 2)
-        tma.async_copy_global_to_shared(
-            q_desc, [b, h, start, 0], shared.q_full.index(0), shared.q.index(half)
-        )
+        _load(q_desc, [b, h, start, 0], shared.q_full.index(0), shared.q.index(half))
     kv = h // sizes.group
     # each column is loaded one block ahead: its latency would hold the copies up
     column = _column(0, found, lists, PARTS)
