@@ -54,7 +54,7 @@ def control_text(name: str, known: dict[str, type[Control]], width: int) -> str:
         default = options_text({f.name: _default(f)})
         head = f"  {default}  ({kind_of(hints[f.name])})"
         lines += [head, paragraph(docs.get(f.name, "no description"), width, "      ")]
-    lines += ["", "cost", f"  {cost(cls)}", "", "paper"]
+    lines += ["", "cost", paragraph(cost(cls), width, "  "), "", "paper"]
     lines += [paragraph(line, width, "  ") for line in papers(cls) or ["none named"]]
     found = presets(name)
     lines += ["", "presets" if found else "no presets", *(_preset(p, width) for p in found)]
@@ -77,6 +77,8 @@ def option_docs(cls: type[Control]) -> dict[str, str]:
 
 def cost(cls: type[Control]) -> str:
     """Return what a control adds to a run, read from what it declares."""
+    if cls.extra:
+        return cls.extra
     if cls.adds_rows:
         return "one more row of the batch per sample, at each step of its window"
     if cls.replaces_softmax:

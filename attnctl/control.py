@@ -56,6 +56,8 @@ class Control:
     """True if `attend` reads `call.residual` (decoders of language models)."""
     context_parallel: ClassVar[bool] = False
     """True if all planes are right where each process has some of the heads (`call.part`)."""
+    extra: ClassVar[str] = ""
+    """What it adds to a run in words, where the flags above do not tell."""
 
     @property
     def selector(self) -> Any:

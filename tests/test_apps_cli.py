@@ -271,6 +271,7 @@ def test_the_cost_is_what_a_control_declares() -> None:
     assert cost(attnctl.SoftPAG).startswith("one more row")
     assert cost(attnctl.PLADIS) == "no extra rows"
     assert "itself" in cost(attnctl.Radial)
+    assert cost(attnctl.VCD).startswith("a second pass") and "backward" in cost(attnctl.AStar)
     authors = [text.split(",")[0] for text in papers(attnctl.PLADIS)]
     assert authors == ["Kim and Sim", "Peters et al."]
 

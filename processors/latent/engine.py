@@ -167,6 +167,10 @@ class LatentControl(Windowed):
 
     kinds: ClassVar[tuple[str, ...]] = ("cross", "joint")
     own_rows_only: ClassVar[bool] = True
+    extra: ClassVar[str] = (
+        "a forward and a backward of the conditional rows, up to the last site that is needed, "
+        "at each step of its window"
+    )
     least: ClassVar[int] = 1
     """Fewest objects that the loss needs."""
     drop: ClassVar[tuple[int, int]] = (1, 1)

@@ -176,6 +176,7 @@ class SpaceTime(Windowed):
     stop: float = 1.0
 
     name: ClassVar[str] = "spacetime"
+    extra: ClassVar[str] = "a pass for each object, at the first step"
     kinds: ClassVar[tuple[str, ...]] = ("cross",)
     adds_rows: ClassVar[bool] = True
 

@@ -76,6 +76,7 @@ class Contrast(Control):
     both: bool = False
 
     kinds: ClassVar[tuple[str, ...]] = ("causal",)
+    extra: ClassVar[str] = "a second pass of the model, with a cache of its own, for each token"
 
     def __post_init__(self) -> None:
         self._at_least("beta", 0, 1)
