@@ -177,15 +177,30 @@ def generate(
 
 _WORDS = (
     "What to map, separated by commas, such as 'red circle, square#2'; default: each concept of "
-    "the prompt (adjectives and noun)."
+    "the prompt (adjectives and noun), each telling word of an answer."
 )
+_HEATMAP_MODEL = "Shipped, a folder, or a hub id; default: tiny-sd, with --image tiny-llava."
+_HEATMAP_OUT = "A PNG, or of a video an .mp4; default: heatmap-001.png..."
 
 
 @app.command()
 def heatmap(
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to draw.")],
+    prompt: Annotated[
+        str | None, typer.Argument(metavar="PROMPT", help="What to draw or to film.")
+    ] = None,
     words: Annotated[list[str] | None, typer.Option(metavar="WORDS", help=_WORDS)] = None,
-    model: Model = "tiny-sd",
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL", help=_HEATMAP_MODEL, autocompletion=_known_models, show_default=False
+        ),
+    ] = None,
+    image: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A picture to ask about instead.")
+    ] = None,
+    question: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Default: Describe the image.")
+    ] = None,
     heads: Annotated[
         str, typer.Option(metavar="SELECTOR", help="Heads that are read, such as L2-3.")
     ] = "all",
@@ -193,22 +208,43 @@ def heatmap(
     seed: Annotated[int, typer.Option(metavar="N", help="Seed of the noise.")] = 0,
     steps: Steps = None,
     guidance_scale: Guidance = None,
+    frames: Annotated[
+        int | None, typer.Option(metavar="N", help="Of a video; default: the model's.")
+    ] = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
-    out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="The PNG; default: heatmap-001.png...")
-    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help=_HEATMAP_OUT)] = None,
 ) -> None:
-    """Draw a picture and show where each word of the prompt was attended to."""
+    """Show where each word of a prompt, or of an answer, looked."""
+    from attnctl.errors import OptionError
+
     from .generate import Settings
-    from .heatmap import Wanted
+    from .heatmap import Wanted, split_words
     from .heatmap import heatmap as run_heatmap
 
-    settings = Settings(seed=seed, steps=steps, guidance_scale=guidance_scale)
+    if image is not None:
+        from .answer_heatmap import Asked, answer_heatmap
+
+        given = {"PROMPT": prompt, "--steps": steps, "--frames": frames}
+        wrong = [name for name, value in (*given.items(), ("--seed", seed or None)) if value]
+        if wrong or guidance_scale is not None:
+            raise OptionError(
+                f"{(wrong or ['--guidance-scale'])[0]} has no meaning with --image; ask with "
+                "--question"
+            )
+        order = Asked(
+            model or "tiny-llava", image, question or "Describe the image.",
+            tuple(split_words(words or ())), heads, tuple(control or ()), 32, device, dtype, out,
+        )  # fmt: skip
+        answer_heatmap(order, note)
+        return
+    if prompt is None or question is not None:
+        raise OptionError("give a PROMPT to draw, or a picture with --image to ask about")
+    settings = Settings(seed=seed, steps=steps, guidance_scale=guidance_scale, frames=frames)
     wanted = Wanted(
         prompt,
         tuple(words or ()),
-        model,
+        model or "tiny-sd",
         heads,
         tuple(control or ()),
         settings,
@@ -287,7 +323,8 @@ def batch(
 def sites(
     model: Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL)],
     kind: Annotated[
-        str | None, typer.Option(metavar="KIND", help="self, cross, joint, text, linear or other.")
+        str | None,
+        typer.Option(metavar="KIND", help="self, cross, joint, text, causal, linear or other."),
     ] = None,
     select: Annotated[
         str | None,
@@ -302,9 +339,10 @@ def sites(
 
     if kind is not None and kind not in KINDS:
         raise typer.BadParameter(f"{kind!r} is not one of {', '.join(KINDS)}", param_hint="--kind")
-    from .models import local_folder, skeleton
+    from .models import local_folder, skeleton, speaker_folder
 
-    local_folder(model)
+    if speaker_folder(model) is None:
+        local_folder(model)
     hush(note)
     print(sites_text(skeleton(model), kind, select, None if wide else terminal_width()))
 
@@ -368,7 +406,7 @@ def demo(
 
 @app.command()
 def doctor() -> None:
-    """Say what is installed, which devices and backends can be used, and if not, why.
+    """Say what is installed, what can run here, and if not, why.
 
     Exit code 1 if a package that attnctl needs is missing or too old.
     """
@@ -403,7 +441,7 @@ def sinks(
         Path | None, typer.Option(metavar="FILE", help="The PNG; default: sinks-001.png...")
     ] = None,
 ) -> None:
-    """Show the attention sinks of a vision-language model on a picture."""
+    """Show the sinks of a vision-language model on a picture."""
     from .sinks import Wanted
     from .sinks import sinks as show_sinks
 
@@ -508,7 +546,8 @@ def bench_attention(
         list[str] | None,
         typer.Option(
             metavar="NAME",
-            help="models, frames, densities, toys, or one of theirs such as wan-720p; repeatable.",
+            help="models, bands, windows, frames, densities, toys, or one of theirs such as "
+            "wan-720p; repeatable.",
         ),
     ] = None,
     backends: Annotated[
@@ -520,6 +559,9 @@ def bench_attention(
         str, typer.Option(metavar="TYPE", help="auto, float32, float16 or bfloat16.")
     ] = "auto",
     device: Annotated[str, typer.Option(metavar="NAME", help="auto, cpu or cuda.")] = "auto",
+    zeros: Annotated[
+        bool, typer.Option("--zeros", help="Inputs of zeros: speed where power is no bound.")
+    ] = False,
     out: Annotated[Path | None, typer.Option(metavar="BASE", help=_BENCH_OUT)] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace files of that name.")
@@ -542,6 +584,7 @@ def bench_attention(
         out=out,
         overwrite=overwrite,
         say=note,
+        zeros=zeros,
     )
 
 
@@ -633,7 +676,7 @@ def search_heads(
         bool, typer.Option("--dry-run", help="Only print the number of forwards and the time.")
     ] = False,
 ) -> None:
-    """Search the heads whose perturbation serves an objective (HeadHunter).
+    """Search the heads that serve an objective (HeadHunter).
 
     A search that was stopped goes on where it was. Several processes share the work when
     started by `accelerate launch`.
@@ -668,7 +711,7 @@ def show_heads(
     ] = True,
     batch: Annotated[int, typer.Option(metavar="N", help="Rows per denoiser call.")] = 8,
 ) -> None:
-    """Draw what a head set and each single head do, and how the search went."""
+    """Draw what a head set and each of its heads do."""
     from .head_pictures import Order, draw_heads
     from .quiet import hush
 

@@ -64,7 +64,7 @@ def control_text(name: str, known: dict[str, type[Control]], width: int) -> str:
 def summary(cls: type[Control]) -> str:
     """Return the first line of a control's docstring."""
     line = inspect.cleandoc(cls.__doc__ or "no description").split("\n")[0]
-    return re.sub(r"; options as in `\w+`", "", line)
+    return re.sub(r"; (further )?options as in `\w+`", "", line)
 
 
 def option_docs(cls: type[Control]) -> dict[str, str]:

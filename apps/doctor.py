@@ -8,6 +8,8 @@ from collections.abc import Iterator
 
 from packaging.requirements import Requirement
 
+from .tables import paragraph, terminal_width
+
 __all__ = ["doctor", "missing"]
 
 NOT_SHOWN = ("dev",)
@@ -24,8 +26,10 @@ def doctor() -> str:
         "block-sparse attention": _backends(),
         "shipped models": _models(),
     }
+    width = terminal_width()
     return "\n\n".join(
-        "\n".join([head, *(f"  {line}" for line in lines)]) for head, lines in sections.items()
+        "\n".join([head, *(paragraph(line, width, "  ", "    ") for line in lines)])
+        for head, lines in sections.items()
     )
 
 

@@ -26,6 +26,7 @@ __all__ = [
     "model_name",
     "placed",
     "skeleton",
+    "speaker_folder",
 ]
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -132,16 +133,34 @@ def find_folder(model: str, only_configs: bool = False) -> Path:
         ) from error
 
 
+def speaker_folder(model: str) -> Path | None:
+    """Return the folder of a vision-language model on this machine; None if it is not one."""
+    path = Path(assets.path(model)) if model in assets.names() else Path(model).expanduser()
+    if not model or (path / "model_index.json").exists():
+        return None
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return path if isinstance(config, dict) and "model_type" in config else None
+
+
 def skeleton(model: str) -> Any:
     """Build a pipeline without weights, from its configuration files: seconds for any size.
+
+    Args:
+        model: as for `load`; or the folder of a vision-language model, which is then built.
 
     Raises:
         ModelError: if the model cannot be found or its configuration not be read.
     """
-    folder = find_folder(model, only_configs=True)
+    speaker = speaker_folder(model)
+    folder = speaker or find_folder(model, only_configs=True)
     import diffusers
 
     try:
+        if speaker is not None:
+            return _speaker(speaker)
         cls = getattr(diffusers, _index(folder)["_class_name"])
         with torch.device("meta"):
             parts = {name: _part(folder, name, *entry[:2]) for name, entry in _parts(folder)}
@@ -150,6 +169,13 @@ def skeleton(model: str) -> Any:
         raise ModelError(
             f"the configuration of {model!r} cannot be read: {first_line(error)}"
         ) from error
+
+
+def _speaker(folder: Path) -> Any:
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(str(folder)))
 
 
 def first_line(error: BaseException) -> str:

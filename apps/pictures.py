@@ -26,6 +26,7 @@ __all__ = [
     "parameters_text",
     "png_bytes",
     "read_metadata",
+    "read_picture",
     "side_by_side",
     "write_png",
 ]
@@ -47,15 +48,19 @@ class PictureError(AttnctlError):
 # ---- files
 
 
-def check_output(path: Path) -> Path:
+def check_output(path: Path, endings: Sequence[str] = (".png",)) -> Path:
     """Return where a picture will lie, once it is sure that it can be written there.
 
+    Args:
+        path: where it is wanted.
+        endings: what the name may end in.
+
     Raises:
-        PictureError: if it cannot, or is no .png.
+        PictureError: if it cannot, or ends in something else.
     """
     path = path.expanduser()
-    if path.suffix.lower() != ".png":
-        raise PictureError(f"the output {path} must end in .png")
+    if path.suffix.lower() not in endings:
+        raise PictureError(f"the output {path} must end in {' or '.join(endings)}")
     target = path.resolve()
     if target.is_dir():
         raise PictureError(f"the output {path} is a folder")
@@ -106,6 +111,18 @@ def png_bytes(image: Image.Image, metadata: Mapping[str, Any]) -> bytes:
     file = io.BytesIO()
     image.save(file, "PNG", pnginfo=info)
     return file.getvalue()
+
+
+def read_picture(path: Path) -> Image.Image:
+    """Return a picture of any format in RGB.
+
+    Raises:
+        PictureError: if there is none.
+    """
+    try:
+        return Image.open(path.expanduser()).convert("RGB")
+    except (OSError, UnidentifiedImageError) as error:
+        raise PictureError(f"cannot read the picture {path}: {error}") from error
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
@@ -161,42 +178,53 @@ def _quoted(value: Any) -> str:
 
 
 def side_by_side(
-    images: Sequence[Image.Image], captions: Sequence[str], title: str, subtitle: str = ""
+    images: Sequence[Image.Image],
+    captions: Sequence[str],
+    title: str,
+    subtitle: str = "",
+    columns: int | None = None,
+    smallest: int = _SMALLEST,
 ) -> Image.Image:
-    """Return the pictures in one row, a caption under each, a title over all.
+    """Return the pictures in a row, or in several, a caption under each, a title over all.
 
-    Small pictures are enlarged by a whole factor, without smoothing, to 320 pixels or more.
+    Small pictures are enlarged by a whole factor, without smoothing.
 
     Args:
         images: pictures of one size.
         captions: one text for each; wrapped, at most four lines.
         title: first line.
         subtitle: second line, in grey.
+        columns: pictures in a row; None for all.
+        smallest: least height and width of a picture, in pixels.
     """
-    shown = [_enlarged(image) for image in images]
+    shown = [_enlarged(image, smallest) for image in images]
+    columns = columns or len(shown)
     wide, high = shown[0].size
     size = max(15, wide // 28)
     font, (title, subtitle, *captions) = lettering(size, [title, subtitle, *captions])
     gap = round(1.5 * size)
-    across = len(shown) * (wide + gap) - gap
+    across = min(columns, len(shown)) * (wide + gap) - gap
     heads = [(line, INK) for line in wrapped(title, font, across, 2)]
     heads += [(line, _FAINT) for line in wrapped(subtitle, font, across, 1)]
     feet = [wrapped(breakable(caption, 24), font, wide, _LINES) for caption in captions]
-    top = gap * (1 + len(heads)) + gap // 3
-    foot = top + high + gap // 3
-    sheet = Image.new("RGB", (across + 2 * gap, foot + gap * (1 + max(map(len, feet)))), PAPER)
+    rows = [range(i, min(i + columns, len(shown))) for i in range(0, len(shown), columns)]
+    tops, end = [], gap * (1 + len(heads)) + gap // 3
+    for row in rows:
+        tops.append(end)
+        end += high + gap // 3 + gap * (1 + max(len(feet[i]) for i in row))
+    sheet = Image.new("RGB", (across + 2 * gap, end), PAPER)
     pen = ImageDraw.Draw(sheet)
     for i, (line, ink) in enumerate(heads):
         pen.text((gap, gap * (i + 0.7)), line, fill=ink, font=font)
     for i, (image, lines) in enumerate(zip(shown, feet, strict=True)):
-        left = gap + i * (wide + gap)
+        left, top = gap + i % columns * (wide + gap), tops[i // columns]
         sheet.paste(image, (left, top))
         for j, line in enumerate(lines):
-            pen.text((left, foot + j * gap), line, fill=INK, font=font)
+            pen.text((left, top + high + gap // 3 + j * gap), line, fill=INK, font=font)
     return sheet
 
 
-def _enlarged(image: Image.Image) -> Image.Image:
-    factor = max(1, -(-_SMALLEST // min(image.size)))
+def _enlarged(image: Image.Image, smallest: int) -> Image.Image:
+    factor = max(1, -(-smallest // min(image.size)))
     size = (image.width * factor, image.height * factor)
     return image.convert("RGB").resize(size, Image.Resampling.NEAREST)

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
 from PIL.Image import Image
 from torch import Tensor
 
 from attnctl.errors import OptionError
+from attnctl.processors.analysis.asking import asked, image_grid, usual_tau
 from attnctl.processors.analysis.overlay import overlay
 from attnctl.processors.vlm.sink_map import SinkMap, sink_map
 
-from .eval.answering import Answerer, chat
-from .pictures import PictureError, check_output, free_name, side_by_side, write_png
+from .eval.answering import Answerer
+from .pictures import check_output, free_name, read_picture, side_by_side, write_png
 from .quiet import hush
 
 __all__ = ["Wanted", "panels", "sinks", "told"]
@@ -61,16 +59,17 @@ def sinks(wanted: Wanted, say: Say) -> None:
         AttnctlError: if something of it cannot be done.
     """
     out = check_output(wanted.out or free_name(stem="sinks"))
-    picture = _picture(wanted.image)
+    picture = read_picture(wanted.image)
     hush(say)
     answerer = Answerer.load(wanted.model, wanted.device, wanted.dtype)
-    inputs = _inputs(answerer, picture, wanted.question)
-    found = sink_map(answerer.model, inputs, wanted.dims)
+    model = answerer.model
+    inputs = asked(model, answerer.processor, picture, wanted.question)
+    found = sink_map(model, inputs, wanted.dims)
     if not bool(found.image.any()):
         raise OptionError(f"the prompt of {wanted.model!r} holds no image tokens")
-    tau = _tau(answerer.model) if wanted.tau is None else wanted.tau
+    tau = usual_tau(model) if wanted.tau is None else wanted.tau
     print(told(found, tau))
-    grid = _grid(answerer.model, inputs, int(found.image.sum()))
+    grid = image_grid(model, inputs, int(found.image.sum()))
     if grid is None:
         say("the grid of this model's image tokens is not known, so that no picture is drawn")
         return
@@ -139,46 +138,6 @@ def panels(
             drawn.append(overlay(picture, heat))
             captions.append(caption)
     return drawn, captions
-
-
-def _picture(path: Path) -> Image:
-    from PIL import Image as Pictures
-    from PIL import UnidentifiedImageError
-
-    try:
-        return Pictures.open(path.expanduser()).convert("RGB")
-    except (OSError, UnidentifiedImageError) as error:
-        raise PictureError(f"cannot read the picture {path}: {error}") from error
-
-
-def _inputs(answerer: Answerer, picture: Image, question: str) -> dict[str, Any]:
-    prompt = answerer.processor.apply_chat_template(chat(question), add_generation_prompt=True)
-    made = answerer.processor(text=[prompt], images=[picture], return_tensors="pt")
-    model = answerer.model
-    return {
-        key: value.to(model.device, model.dtype if value.is_floating_point() else None)
-        for key, value in made.items()
-        if isinstance(value, torch.Tensor)
-    }
-
-
-def _tau(model: Any) -> float:
-    """Return 20, or for decoders narrower than 4096, where phi cannot get as large, less."""
-    text = model.config.get_text_config()
-    return min(20.0, 20.0 * math.sqrt(text.hidden_size / 4096))
-
-
-def _grid(model: Any, inputs: dict[str, Any], tokens: int) -> tuple[int, int] | None:
-    """Return rows and columns of the image tokens, None if they lie in no one grid."""
-    shape = inputs.get("image_grid_thw")
-    if shape is not None:
-        merge = getattr(model.config.vision_config, "spatial_merge_size", 1)
-        _, high, wide = (int(n) for n in shape[0])
-        found = high // merge, wide // merge
-    else:
-        side = math.isqrt(tokens)
-        found = side, side
-    return found if found[0] * found[1] == tokens else None
 
 
 def _numbers(dims: tuple[int, ...]) -> str:

@@ -18,7 +18,7 @@ from .tables import paragraph, table
 
 __all__ = ["count_tokens", "sites_text"]
 
-KINDS = ("self", "cross", "joint", "text", "linear", "other")
+KINDS = ("self", "cross", "joint", "text", "causal", "linear", "other")
 _SELECTABLE = tuple(kind for kind in KINDS if kind != "linear")
 _DRY_STEPS = 4
 
@@ -55,8 +55,11 @@ def count_tokens(pipe: Any) -> dict[tuple[str, int], tuple[int, int]]:
         pipe: a pipeline; one without weights (`models.skeleton`) is enough.
 
     Returns:
-        As many sites as a dry run of one step reaches; none if the pipeline cannot be run so.
+        As many sites as a dry run of one step reaches; none if the pipeline cannot be run so, or
+        for a vision-language model, whose tokens depend on what it is asked.
     """
+    if not hasattr(pipe, "scheduler"):
+        return {}
     counter = _Counter()
     pipe.set_progress_bar_config(disable=True)
     for times in (contextlib.nullcontext, _times_on_cpu):
@@ -88,7 +91,7 @@ def sites_text(pipe: Any, kind: str | None, selector: str | None, width: int | N
     """Return the table of a pipeline's sites and a line that sums it up.
 
     Args:
-        pipe: the pipeline.
+        pipe: the pipeline, or a vision-language model.
         kind: list only this kind.
         selector: list only these sites, and how many of their heads are selected.
         width: letters per line, None for no limit.
@@ -149,7 +152,7 @@ def _tokens(counted: tuple[int, int] | None) -> str:
 
 
 def _summary(shown: Sequence[Site], chosen: dict[tuple[str, int], int] | None) -> str:
-    text = f"{len(shown)} sites, {sum(s.heads for s in shown)} heads"
+    text = f"{len(shown)} site{'s' * (len(shown) != 1)}, {sum(s.heads for s in shown)} heads"
     if chosen is not None:
         text += f", {sum(chosen[s.denoiser, s.index] for s in shown)} of them selected"
     return f"{text}. Select heads as L3H1, L0-2, H2, a part of a name, or a kind."

@@ -26,7 +26,17 @@ if TYPE_CHECKING:
         SelectorError,
     )
     from .patch import Handle, Report, patch
-    from .processors.analysis import HeatMap, Heatmaps, Masks, TokenMaps, heatmaps, masks
+    from .processors.analysis import (
+        AnswerMap,
+        AnswerMaps,
+        HeatMap,
+        Heatmaps,
+        Masks,
+        TokenMaps,
+        answer_maps,
+        heatmaps,
+        masks,
+    )
     from .processors.guidance import *  # noqa: F403
     from .processors.headhunter import HeadHunter, HeadSet
     from .processors.latent import *  # noqa: F403
@@ -65,7 +75,17 @@ _PUBLIC = {
         "SelectorError",
     ),
     "patch": ("Handle", "Report", "patch"),
-    "processors.analysis": ("HeatMap", "Heatmaps", "Masks", "TokenMaps", "heatmaps", "masks"),
+    "processors.analysis": (
+        "AnswerMap",
+        "AnswerMaps",
+        "HeatMap",
+        "Heatmaps",
+        "Masks",
+        "TokenMaps",
+        "answer_maps",
+        "heatmaps",
+        "masks",
+    ),
     "processors.headhunter": ("HeadHunter", "HeadSet"),
     "processors.sparse": ("BlockSparse",),
     "processors.vlm": (
@@ -93,6 +113,8 @@ _PUBLIC = {
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 __all__ = [
+    "AnswerMap",
+    "AnswerMaps",
     "AttentionCall",
     "AttnctlError",
     "AttnctlWarning",
@@ -128,6 +150,7 @@ __all__ = [
     "TokenMaps",
     "Tokens",
     "Window",
+    "answer_maps",
     "calibrate_sink_dims",
     "carve",
     "concepts",

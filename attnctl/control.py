@@ -12,7 +12,7 @@ import typing
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from .errors import OptionError, nearest
-from .records import AttentionCall, ForwardCall, LogitsCall, StepCall, WrittenRow
+from .records import AttentionCall, ForwardCall, LogitsCall, Reading, StepCall, WrittenRow
 from .schedule import Schedule
 
 if TYPE_CHECKING:
@@ -85,9 +85,18 @@ class Control:
     def written(self, call: AttentionCall) -> WrittenRow | None:
         """Return what `attend` does to all later written tokens of a prompt at this site.
 
-        Asked, in the decoder of a language model, after `attend` at a written token, of a
-        control that is alone at the site. None where it depends on more than the token itself,
-        so that every token goes through `attend`.
+        Asked, in the decoder of a language model, at the first written token, before `attend`,
+        of a control that is alone at the site. None where it depends on more than the token
+        itself, so that every token goes through `attend`.
+        """
+        return None
+
+    def reading(self, call: AttentionCall) -> Reading | None:
+        """Return what `attend` does at all sites while the same tokens are read.
+
+        Asked, in the decoder of a language model, before `attend` in a forward that reads a
+        prompt or a part of it, of a control that is alone at the first site. It saves the making
+        of a call at each site, for which a decoder would wait. None if there is no shorter way.
         """
         return None
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ __all__ = [
     "AttentionCall",
     "ForwardCall",
     "LogitsCall",
+    "PromptCall",
+    "Reading",
     "Rows",
     "Site",
     "Spans",
@@ -151,6 +153,7 @@ class Tokens:
             keys.
         first: slot of the first key: above 0 in a sliding window.
         written: whether all queries were written after the prompt: roles "text" and "answer".
+        device: where masks are wanted; None for where they are made, which may be the CPU.
     """
 
     def __init__(
@@ -160,11 +163,14 @@ class Tokens:
         slots: Callable[[str], Tensor] | None = None,
         first: int = 0,
         written: bool = False,
+        device: torch.device | None = None,
     ) -> None:
         self._of = {"queries": queries, "keys": keys, "slots": slots or keys}
         self.first = first
         self.written = written
+        self.device = device
         self._made: dict[tuple[str, str], Tensor] = {}
+        self._wanted: dict[tuple[str, str], Tensor] = {}
 
     def queries(self, role: str) -> Tensor:
         """Return the queries of a role, bool [B, Nq]."""
@@ -180,10 +186,19 @@ class Tokens:
 
     def columns(self, role: str) -> Tensor:
         """Return the numbers [n] of the queries that have the role in some row."""
-        if ("columns", role) not in self._made:
-            columns = self.queries(role).any(dim=0).nonzero()[:, 0]
-            self._made["columns", role] = columns
-        return self._made["columns", role]
+        if ("columns", role) not in self._wanted:
+            columns, _ = self.rows(role)
+            self._wanted["columns", role] = columns.to(self.device, non_blocking=True)
+        return self._wanted["columns", role]
+
+    def rows(self, role: str) -> tuple[Tensor, Tensor]:
+        """Return the numbers [n] of the queries that have the role in some row, and where.
+
+        Both where the masks are made; the second is bool [B, n].
+        """
+        mask = self._make("queries", role)
+        columns = mask.any(dim=0).nonzero()[:, 0]
+        return columns, mask[:, columns]
 
     def at(self, columns: Tensor) -> Tokens:
         """Return the roles for some of the queries, by number [n]."""
@@ -191,6 +206,13 @@ class Tokens:
         return Tokens(few, self.keys, self.slots, self.first, self.written)
 
     def _mask(self, side: str, role: str) -> Tensor:
+        if (side, role) not in self._wanted:
+            # without waiting for the device, which reads the CPU's memory at once
+            made = self._make(side, role).to(self.device, non_blocking=True)
+            self._wanted[side, role] = made
+        return self._wanted[side, role]
+
+    def _make(self, side: str, role: str) -> Tensor:
         if role not in TOKEN_ROLES:
             from .errors import HostError
 
@@ -200,8 +222,7 @@ class Tokens:
         return self._made[side, role]
 
 
-@dataclass(frozen=True)
-class Residual:
+class Residual(NamedTuple):
     """The residual stream where a decoder layer reads it, before its norm.
 
     Args:
@@ -440,6 +461,39 @@ WrittenRow = Callable[
 ]
 """Attention of one written token: (q, k, v, mask, scale, first) as in an `AttentionCall` and its
 `Tokens`, to the output [B, H, 1, Dv], or None where it must be asked in the usual way."""
+
+
+class PromptCall(NamedTuple):
+    """Attention of a prompt at one site, for a control that is alone there and keeps it stock.
+
+    Args:
+        site: number of the site.
+        q: [B, H, Nq, D].
+        k: [B, Hkv, Nk, D].
+        v: [B, Hkv, Nk, Dv].
+        mask: as in an `AttentionCall`.
+        scale: as there.
+        is_causal: as there.
+        residual: as there.
+        heads: bool [H] on the CPU, the heads to touch; None for all of them.
+        stock: returns the output [B, Nq, H, Dv] of the model's own attention.
+    """
+
+    site: int
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None
+    scale: float | None
+    is_causal: bool
+    residual: Residual | None
+    heads: Tensor | None
+    stock: Callable[[], Tensor]
+
+
+Reading = Callable[[PromptCall], "Tensor | None"]
+"""What is done to a prompt at a site: to the output [B, Nq, H, Dv], or None where it must be
+asked in the usual way."""
 
 
 def STOCK(*_: Any) -> None:

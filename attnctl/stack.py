@@ -104,13 +104,17 @@ class Entry:
         return self.control.attend(own)
 
     def attend_alone(self, call: AttentionCall) -> Tensor:
-        """Run the attention plane of a stack's only entry on a call that nobody else holds."""
+        """Run the attention plane of a stack's only entry on a call made by `alone`."""
+        self.calls[call.site.index] += 1
+        return self.control.attend(call)
+
+    def alone(self, call: AttentionCall) -> AttentionCall:
+        """Return a call that nobody else holds as a stack's only entry sees it."""
         assert call.run is not None
         site = call.site.index
-        self.calls[site] += 1
         call.heads, call.every_head = self.selection[site], site in self.entire
         call.state, call.role, call.rest = self.state(call.run), self.role, ()
-        return self.control.attend(call)
+        return call
 
     def denoise(self, call: ForwardCall) -> Tensor:
         """Run the control's denoiser plane on a call."""

@@ -19,21 +19,22 @@ PICTURES = Path(__file__).parent / "pictures"
 SLOW = 240_000
 
 
-def add(page: Page, name: str) -> None:
-    """Add a control to the stack of the tab for pictures."""
-    box = page.get_by_label("Control", exact=True).first
+def add(page: Page, name: str, kind: str = "image") -> None:
+    """Add a control to the stack of a tab."""
+    box = page.get_by_label("Control", exact=True).locator("visible=true").first
     box.click()
     box.fill(name)
     page.get_by_role("option").filter(has_text=f"{name}:").first.click()
-    page.locator("#image-add").click()
-    expect(page.get_by_role("button", name=f". {name}").first).to_be_visible(timeout=30_000)
+    page.locator(f"#{kind}-add").click()
+    shown = page.get_by_role("button", name=f". {name}").locator("visible=true")
+    expect(shown.first).to_be_visible(timeout=30_000)
 
 
-def few_steps(page: Page, steps: int) -> None:
+def few_steps(page: Page, steps: int, kind: str = "image") -> None:
     """Set the number of steps."""
-    if not page.locator("#image-steps").is_visible():
-        page.get_by_role("button", name="Settings").first.click()
-    number = page.locator("#image-steps input[type=number]")
+    if not page.locator(f"#{kind}-steps").is_visible():
+        page.get_by_role("button", name="Settings").locator("visible=true").click()
+    number = page.locator(f"#{kind}-steps input[type=number]")
     number.fill(str(steps))
     number.press("Tab")
 
@@ -93,44 +94,66 @@ def pictures(page: Page) -> None:
     download(page)
     shots(page, "pictures")
     cancel(page)
-    page.get_by_role("tab", name="Word heat maps").click()
+    tab(page, "Heat maps")
     page.locator("#image-map").click()
-    expect(page.get_by_text("up to").first).to_be_visible(timeout=SLOW)
+    expect(page.locator("#image-maps img").first).to_be_visible(timeout=SLOW)
     shots(page, "heatmaps")
-    page.get_by_role("tab", name="Heads").click()
-    page.get_by_role("button", name="Draw what each head does").click()
-    table = page.locator("#image-heads img")
-    expect(table).to_be_visible()
-    page.wait_for_function(
-        "old => document.querySelector('#image-heads img').src != old",
-        arg=table.get_attribute("src"),
-        timeout=SLOW,
-    )
-    table.click(position={"x": 60, "y": 60})
-    page.wait_for_timeout(2000)
-    page.get_by_role("button", name="Use these heads").click()
-    expect(page.locator("#image-stack textarea")).to_have_value(
-        "softpag:heads=L0H0\nnag:negative=blue", timeout=30_000
-    )
+    heads(page, "image", "softpag:heads=L0H0\nnag:negative=blue")
     shots(page, "heads")
 
 
+def tab(page: Page, name: str) -> None:
+    """Open a tab within the open tab."""
+    page.get_by_role("tab", name=name).locator("visible=true").click()
+
+
+def heads(page: Page, kind: str, stack: str) -> None:
+    """Fill the head grid, choose its first head, and give it to the first control."""
+    tab(page, "Heads")
+    table = page.locator(f"#{kind}-heads img")
+    expect(table).to_be_visible()
+    old = table.get_attribute("src")
+    page.get_by_role("button", name="Draw wh").locator("visible=true").click()
+    page.wait_for_function(
+        f"old => document.querySelector('#{kind}-heads img').src != old", arg=old, timeout=SLOW
+    )
+    table.click(position={"x": 60, "y": 60})
+    page.wait_for_timeout(2000)
+    page.get_by_role("button", name="Use these heads").locator("visible=true").click()
+    expect(page.locator(f"#{kind}-stack textarea")).to_have_value(stack, timeout=30_000)
+
+
 def questions(page: Page) -> None:
-    """Ask about an example picture with a control."""
+    """Ask about an example picture with a control, map the answer, choose a head."""
     page.get_by_role("tab", name="Questions").click()
-    page.locator("table").last.locator("tbody tr").nth(1).click()
+    page.locator("table").last.locator("tbody tr").nth(2).click()
     expect(page.locator("#vlm-question textarea")).not_to_have_value("", timeout=30_000)
     page.get_by_role("button", name="Ask").click()
     expect(page.locator("#vlm-controlled textarea")).not_to_have_value("", timeout=SLOW)
     shots(page, "questions")
+    page.locator("#vlm-question textarea").fill("Describe the image.")
+    tab(page, "Words")
+    page.locator("#vlm-map").click()
+    expect(page.locator("#vlm-mapped textarea")).not_to_have_value("", timeout=SLOW)
+    shots(page, "looks")
+    heads(page, "vlm", "pai:heads=L0H0")
+    shots(page, "looking-heads")
 
 
 def videos(page: Page) -> None:
-    """Film a short video."""
+    """Film a video with a control, map its words, choose a head."""
     page.get_by_role("tab", name="Videos").click()
+    few_steps(page, 6, "video")
+    add(page, "softpag", "video")
     page.get_by_role("button", name="Run").last.click()
-    expect(page.locator("video").first).to_be_visible(timeout=SLOW)
+    expect(page.locator("video").nth(1)).to_be_visible(timeout=SLOW)
     shots(page, "videos")
+    tab(page, "Heat maps")
+    page.locator("#video-map").click()
+    expect(page.locator("#video-sheet img")).to_be_visible(timeout=SLOW)
+    shots(page, "video-heatmaps")
+    heads(page, "video", "softpag:scale=1.5,heads=L0H0")
+    shots(page, "video-heads")
 
 
 def main() -> None:
@@ -138,6 +161,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--url", default="http://127.0.0.1:7860")
     parser.add_argument("--chromium", default="/usr/bin/chromium")
+    parser.add_argument("--only", default="pictures,questions,videos", help="tabs to drive")
     args = parser.parse_args()
     with sync_playwright() as play:
         browser = play.chromium.launch(executable_path=args.chromium, args=["--no-sandbox"])
@@ -145,9 +169,9 @@ def main() -> None:
         page.on("pageerror", lambda error: print("page error:", error))
         page.goto(args.url)
         expect(page.get_by_role("button", name="Run").first).to_be_visible(timeout=60_000)
-        pictures(page)
-        questions(page)
-        videos(page)
+        for part in (pictures, questions, videos):
+            if part.__name__ in args.only:
+                part(page)
         browser.close()
 
 

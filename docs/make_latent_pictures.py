@@ -34,11 +34,11 @@ from attnctl.processors.latent.maps import smoothed
 FOLDER = Path(__file__).parent / "pictures"
 OPTIONS = {"num_inference_steps": 10, "guidance_scale": 5.0}
 SITES = "L1-2"
-MOVE: dict[str, Any] = {"scale": 0.1, "normalise": True, "heads": SITES}
+MOVE: dict[str, Any] = {"scale": 1.0, "keep_norm": True, "heads": SITES}
 
 
 def controls(pipe: Any) -> dict[str, attnctl.Control]:
-    """Return the presets for tiny-sd; where there is none, moves of the size of the others."""
+    """Return the presets for tiny-sd; where there is none, small moves."""
     return {
         "a-star": attnctl.AStar.for_model(pipe),
         "attend-and-excite": attnctl.AttendAndExcite.for_model(pipe),
@@ -46,7 +46,7 @@ def controls(pipe: Any) -> dict[str, attnctl.Control]:
         "divide-and-bind": attnctl.DivideAndBind(**MOVE, updates=0),
         "syngen": attnctl.SynGen(**MOVE),
         "disendiff": attnctl.DisenDiff.for_model(pipe),
-        "regulation": attnctl.Regulation(strength=0.3),
+        "regulation": attnctl.Regulation.for_model(pipe),
     }
 
 

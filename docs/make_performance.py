@@ -23,6 +23,9 @@ does to pictures stands under [measured effects](effects.md), what it costs in r
 its own page.
 """
 
+PAIRS = (("gluon", "flex"), ("triton", "flex"), ("gluon", "fa4"), ("gluon", "triton"))
+"""Backends of block-sparse attention that are compared in a sentence."""
+
 Data = dict[str, Any]
 
 
@@ -38,8 +41,15 @@ def page() -> str:
         mine = {path: data for path, data in files.items() if kind(path, data) == bench}
         if mine:
             parts += [f"## {title}\n", text]
-            parts += [f"{table(d)}\nFile: `docs/measured/{p.name}`.\n" for p, d in mine.items()]
+            parts += [f"{table(d)}\n{_sources(p)}\n" for p, d in mine.items()]
     return "\n".join(parts)
+
+
+def _sources(path: Path) -> str:
+    """Return the name of the file, and the picture of the same name where the bench drew one."""
+    picture = path.with_suffix(".png")
+    shown = f"![Time by the cases above](measured/{picture.name})\n\n" if picture.exists() else ""
+    return f"{shown}File: `docs/measured/{path.name}`."
 
 
 def _files() -> list[Path]:
@@ -71,17 +81,65 @@ def cost(data: Data) -> str:
 
 def attention(data: Data) -> str:
     """Return the table of `attnctl bench attention`."""
-    head = ("case", "tokens", "kept", "backend", "ms", "times dense", "error")
+    head = (
+        "case", "tokens", "kept", "backend", "ms", "TFLOP/s", "times dense", "error", "1st s",
+        "extra MiB",
+    )  # fmt: skip
     rows = [
         [
             row["case"], str(row["tokens"]), f"{row['density']:.3f}", row["backend"],
-            f"{row['ms']:.2f}", f"{row['speedup']:.2f}",
-            "" if row["error"] is None else f"{row['error']:.2f}",
+            f"{row['ms']:.2f}", f"{row['tflops']:.3g}", f"{row['speedup']:.2f}",
+            "" if row["error"] is None else f"{row['error']:.2f}", f"{row['first_s']:.1f}",
+            "" if row["memory_mib"] is None else f"{row['memory_mib']:.0f}",
         ]
         for row in data["rows"]
         if row["ms"] is not None
     ]  # fmt: skip
-    return f"**{data['machine']}**\n\n{_table(head, rows)}"
+    left = [f"{r['case']}, {r['backend']}: {r['why_not']}" for r in data["rows"] if r["why_not"]]
+    slopes = ", ".join(f"{name} {slope:.2f}" for name, slope in data["slopes"].items())
+    notes = [f"Time grows with the number of frames to the power: {slopes}.\n"] if slopes else []
+    pairs = [p for p in (_pair(data["rows"], *names) for names in PAIRS) if p]
+    notes += (
+        [f"Times faster, least to most over the cases: {'; '.join(pairs)}.\n"] if pairs else []
+    )
+    notes += [f"Not timed: {'; '.join(left)}.\n"] if left else []
+    costs = [
+        [
+            m["case"], str(m["blocks"]), f"{m['cold_ms']:.1f}", f"{m['warm_ms']:.3f}",
+            f"{m['kib']:.0f}",
+        ]
+        for m in data["masks"]
+    ]  # fmt: skip
+    masks = _table(("mask", "blocks a side", "built, ms", "again, ms", "KiB"), costs)
+    return "\n".join([f"**{data['machine']}**\n\n{_table(head, rows)}", *notes, masks])
+
+
+def _pair(rows: list[Data], one: str, other: str) -> str:
+    """Return how many times faster one backend is than another, "" if they have no case."""
+    ms = {(row["case"], row["backend"]): row["ms"] for row in rows if row["ms"] is not None}
+    cases = [case for case, backend in ms if backend == one and (case, other) in ms]
+    ratios = [ms[case, other] / ms[case, one] for case in cases]
+    ends = dict.fromkeys(f"{end(ratios):.2f}" for end in (min, max)) if ratios else {}
+    return f"{one} than {other} {' to '.join(ends)}" if ends else ""
+
+
+def tiles(data: Data) -> str:
+    """Return the tables of `attnctl.apps.bench.attention_tiles`."""
+    parts = []
+    for width, found in data["widths"].items():
+        cases = list(dict.fromkeys(case for times in found["ms"].values() for case in times))
+        times = {**found["ms"], **found["others"]}
+        order = sorted(times, key=lambda key: (-len(times[key]), sum(times[key].values())))
+        rows = [
+            [
+                f"**{key}**" if key == found["best"] else key,
+                *(f"{times[key][case]:.2f}" if case in times[key] else "" for case in cases),
+            ]
+            for key in order
+        ]
+        head = (f"head dim {width}, ms", *cases)
+        parts.append(f"**{data['machine']}**\n\n{_table(head, rows)}")
+    return "\n".join(parts)
 
 
 def model(data: Data) -> str:
@@ -100,6 +158,81 @@ def model(data: Data) -> str:
     return f"{where}\n\n{_table(head, rows)}"
 
 
+def latent_cost(data: Data) -> str:
+    """Return the tables of `attnctl.apps.bench.latent_cost`."""
+    dtype = data["dtype"].removeprefix("torch.")
+    parts = [f"**{data['device']}**, torch {data['torch']}, {dtype}\n"]
+    models = {name: found for name, found in data.items() if isinstance(found, dict)}
+    for name, found in models.items():
+        arms, stock = found["arms"], found["arms"]["stock"]
+        head = (
+            name, "step, ms", "times stock", "times diffusers'", "peak, GiB", "more than stock",
+            "of what diffusers' adds",
+        )  # fmt: skip
+        rows = [
+            [
+                f"`{arm}`" if arm != "stock" else arm,
+                "{:.1f} ({:.1f} to {:.1f})".format(row["step_ms"], *row["range_ms"]),
+                f"{row['step / stock']:.2f}", _ratio(row, "step / diffusers"),
+                f"{row['peak_gib']:.2f}", f"{row['peak_gib'] - stock['peak_gib']:.2f}",
+                _ratio(row, "extra / diffusers"),
+            ]
+            for arm, row in arms.items()
+        ]  # fmt: skip
+        parts.append(_table(head, rows))
+    for name, found in models.items():
+        by_side = found.get("heat maps by side of the latents")
+        if by_side is None:
+            continue
+        rows = [
+            [side, f"{row['stock']:.3f}", f"{row['heatmap']:.3f}", f"{row['more']:.4f}"]
+            for side, row in by_side.items()
+        ]
+        head = (f"{name}, side of the latents", "stock, GiB", "with heat maps", "more")
+        parts.append(_table(head, rows))
+    return "\n".join(parts)
+
+
+def _ratio(row: Data, key: str) -> str:
+    return f"{row[key]:.2f}" if key in row else ""
+
+
+def parallel(data: Data) -> str:
+    """Return the table of `attnctl.apps.bench.parallel`."""
+    head = ("arm", "alone, ms", f"{data['processes']} together, ms", "apart", "moved")
+    rows = [
+        [
+            f"`{row['arm']}`", f"{row['alone_ms']:.1f}", f"{row['shared_ms']:.1f}",
+            f"{row['apart']:.1e}", f"{row['moved']:.1e}",
+        ]
+        for row in data["rows"]
+    ]  # fmt: skip
+    size = data["size"]
+    video = f"{size['frames']} frames of {size['height']} x {size['width']}"
+    where = f"**{data['model']}** on {data['machine']}, {video}, {size['layers']} blocks"
+    return f"{where}\n\n{_table(head, rows)}"
+
+
+def vlm(data: Data) -> str:
+    """Return the table of `attnctl.apps.bench.vlm_cost`."""
+    head = ("", "prompt, ms", "times stock", "written tokens / s", "times stock", "peak memory")
+    rows = []
+    for arm, found in data["arms"].items():
+        low, high = (f(found["rounds_prefill_ms"]) for f in (min, max))
+        peak = found.get("peak_gib / stock")
+        rows.append(
+            [
+                arm, f"{found['prefill_ms']:.1f} ({low:.1f} to {high:.1f})",
+                f"{found['prefill_ms / stock']:.3f}", f"{found['tokens_per_second']:.1f}",
+                f"{found['tokens_per_second / stock']:.3f}",
+                "" if peak is None else f"{peak:.3f}",
+            ]
+        )  # fmt: skip
+    where = f"**{data['model']}** on {data['device']}, {data['image_tokens']} image tokens"
+    versions = f"torch {data['torch']}, transformers {data['transformers']}"
+    return f"{where}, batch {data['batch']}, {versions}\n\n{_table(head, rows)}"
+
+
 def _table(head: tuple[str, ...], rows: list[list[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
@@ -116,25 +249,82 @@ python -m attnctl.apps.bench.cost --model sd3-small --out cost.json
 ```
 """
 ATTENTION = """\
-[Block-sparse attention](kernels.md#block-sparse-attention) beside torch's dense attention on the
-same tensors. *Error* is over that of stock attention on the same rows, both against float64. The
-reference is plain torch, for checking; it skips blocks but saves no time.
+[Block-sparse attention](kernels.md#block-sparse-attention) beside torch's dense attention (cuDNN's
+on a GPU) on the same tensors. *TFLOP/s* are over the kept blocks. *Error* is over that of stock
+attention on the same rows, both against float64; a backend is timed if it is at most 2 and three
+runs are equal bit for bit. Each call is timed among others of the same backend, since a GPU sets
+its clock by what ran last. *1st s* is the first call, compilation included; *extra MiB* the memory
+of a call beyond its inputs, output included. Masks are built on one CPU core, with nothing
+remembered, and had again. The reference is plain torch, for checking; it skips blocks but saves no
+time.
 
 ```bash
 attnctl bench attention --out attention
+attnctl bench attention --case models --backends gluon,triton,flex,fa4 --out attention
+attnctl bench attention --case frames --case densities --out attention
+attnctl bench attention --case wan-720p --zeros --out zeros
+```
+"""
+TILES = """\
+How the plain Triton kernel cuts its work: queries x keys of a tile, w warps, s stages, by tensor
+descriptors (tma), at most r registers a thread. All candidates on the first case, the best of them
+on the others, as far as the time went. The fastest (bold) is in `kernels/block_sparse/tiles.json`.
+
+```bash
+python -m attnctl.apps.bench.attention_tiles --workers 8 --beside gluon,flex --out tiles
+```
+"""
+LATENT = """\
+[Controls that move the latents](latent.md#cost) and heat maps of two words, at every step,
+beside diffusers' own Attend-and-Excite pipeline, which makes one update a step here as our arms
+do. UNets of real shape with random weights, classifier-free guidance, one picture unless it says
+more. That pipeline knows no SDXL; with a hook that adds the pooled embeddings, its code runs
+SDXL's UNet. The processor had other work while SDXL was timed, hence its wide ranges: of its
+times, only the ratios within the run say something, and those roughly; memory is not affected.
+
+```bash
+python -m attnctl.apps.bench.latent_cost --model sd1-5 --model sdxl --pictures 1 --pictures 4 \\
+  --out cost.json
 ```
 """
 MODEL = """\
-Real widths, random weights, a few blocks.
+Real widths, random weights, a few blocks; a step of the stock model, on cuDNN's dense attention
+where that takes the call, and one with the control in all its layers.
 
 ```bash
-attnctl bench model --control radial:start=0,dense_layers=0 --out model
+attnctl bench model --control radial:start=0,dense_layers=0 --layers 3 --rounds 3 --out model
+attnctl bench model --control radial:start=0,dense_layers=0 --frames 321 --layers 2 --rounds 3
+attnctl bench model --model hunyuanvideo --frames 117 --layers 3 --rounds 3 \\
+    --control radial:start=0,dense_layers=0,family=hunyuan,decay=0.95
+```
+"""
+PARALLEL = """\
+diffusers' context parallelism (Ulysses). *Apart* is the mean difference between the outputs of one
+process and of all together, *moved* that between the control and stock, both over the mean size of
+the stock output.
+
+```bash
+torchrun --nproc_per_node 2 -m attnctl.apps.bench.parallel --out parallel.json
+```
+"""
+VLM = """\
+Decoders of real shape with random weights; `generate` reads a prompt and writes. *Neutral* is a
+patch with options off, *eager* the stock model with attention that returns its maps, which is how
+methods that edit maps are usually run. Arms run in turn: times are medians of the rounds, in
+brackets the range, and ratios medians of those within a round.
+
+```bash
+python -m attnctl.apps.bench.vlm_cost --model llava-1.5-7b --out vlm.json
 ```
 """
 BENCHES: dict[str, tuple[str, str, Callable[[Data], str]]] = {
     "cost": ("What a patch costs", COST, cost),
     "attention": ("Block-sparse attention", ATTENTION, attention),
+    "tiles": ("Tiles of the Triton kernel", TILES, tiles),
+    "vlm": ("Vision-language models", VLM, vlm),
     "model": ("A denoising step of a video model", MODEL, model),
+    "parallel": ("A step on several GPUs", PARALLEL, parallel),
+    "latent cost": ("Moving latents, and heat maps", LATENT, latent_cost),
 }
 
 

@@ -169,6 +169,9 @@ def make(cls: type[attnctl.Control], name: str) -> attnctl.Control:
         return cls(start=0.0, stop=1.0, targets=[[1]], restore=[0])
     if cls.name == "spacetime":
         return cls(start=0.0, stop=1.0, layout=[(negative(name), (0.5, 0.5))])
+    if cls.name == "initno":  # one look is enough to see that it is reached
+        search = {"rounds": 1, "round_steps": 1, "last_steps": 0, "updates": 0}
+        return cls(start=0.0, stop=1.0, words=[[1], [2]], **search)
     if issubclass(cls, LatentControl):
         return cls(start=0.0, stop=1.0, words=[[1], [2]], updates=0)
     return cls(start=0.0, stop=1.0)

@@ -1,231 +1,278 @@
-"""Measures contrastive decoding and CARVE on tiny-llava; the tables of their pages.
+"""Measures contrastive decoding and PAI on tiny-llava; the tables of contrast.md.
 
-    python -P docs/measure_contrast.py greedy|sampled|carve [--images 500] [--seed 0] [--arm ...]
+    python -P docs/measure_contrast.py pope|captions --seed 103 --out part.json
+        [--sampled] [--images 500] [--model FOLDER] [--arm ...]
+    python -P docs/measure_contrast.py table part.json... [--out docs/measured/FILE.json]
 
-`greedy` and `sampled` (temperature 1) ask POPE's questions of the three splits, all in one run;
-an arm is controls in their text form, joined by "+", or "stock". `carve` asks about small
-objects: whether they are there (adversarial split) and of what colour they are; an arm is
-options of `attnctl.Carver` such as "p=0.1,form=crop", "defaults", or the same after "random:",
-which crops as large a box at a random place. The first arm is what the others are compared
-with, question by question. Figures are percent with 95 % bootstrap intervals; sampled ones are
-means over three seeds. Where a GPU is found it is used.
+An arm is controls in their text form, joined by "+", or "stock"; "other photo" is a placebo, VCD
+whose second pass sees another photo instead of noise. `pope` asks the questions of the three
+splits, `captions` describes the photos. `--sampled` draws answers at temperature 1, three times.
+A run is about one set of photos (`--seed`) and one model and writes counts by photo. `table` puts
+runs together: sets of photos and models are pooled, and arms of one set may come in several
+files. Figures are percent; gains over stock come with 95 % bootstrap intervals, in which photos
+are drawn again.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import random
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from PIL.Image import Image
 
 import attnctl
 from attnctl import assets
-from attnctl.apps.bench.statistics import paired_interval
-from attnctl.apps.control_syntax import parse_control, split_control
-from attnctl.assets.world.evaluation import album
-from attnctl.assets.world.pope import SPLITS, pope
-from attnctl.assets.world.questions import COLOUR
+from attnctl.apps.control_syntax import parse_control
+from attnctl.apps.eval.estimate import Figure, Tally, difference, estimate, ratio
+from attnctl.apps.eval.parsers import find_parser
+from attnctl.apps.eval.pope import f1, yes_no_counts
+from attnctl.assets.train.measure_llava import Teller
+from attnctl.assets.world.chair import mentions
+from attnctl.assets.world.evaluation import Photo, album
+from attnctl.assets.world.pope import SPLITS, questions
+from attnctl.assets.world.questions import BRIEF
+from attnctl.processors.vlm.contrast import Contrast
+from attnctl.records import LogitsCall
 
-BATCH = 128
-SEEDS = 3
-GREEDY = (
-    "stock", "vcd:alpha=0", "vcd", "vcd:noise_step=999", "m3id", "m3id:lam=0.3", "paicfg",
-    "paicfg:gamma=2", "pai:alpha=0.5", "pai:alpha=0.5+paicfg:gamma=2",
-    "pai:alpha=0.5+vcd", "pai:alpha=0.5+vcd:both=true",
+DRAWS = 3
+LENGTH = {"pope": 1, "captions": 80}
+PLACEBO = "other photo"
+ARMS = (
+    "stock", "vcd:alpha=0", "vcd", "vcd:noise_step=999", "vcd:alpha=3,noise_step=999", PLACEBO,
+    "m3id", "m3id:lam=0.05", "paicfg", "paicfg:gamma=1.25", "paicfg:gamma=2", "pai:alpha=0.5",
+    "vcd:noise_step=999+m3id:lam=0.05",
 )  # fmt: skip
-SAMPLED = ("stock", "vcd:alpha=0", "vcd", "vcd:alpha=0,beta=0.2", "vcd:beta=0.2", "paicfg:gamma=2")
-TINY = "inputs=both,form=crop,p=0.1,regions=1,steps=start,layers=1-2,lam="
-CARVE = (
-    "stock", "defaults", "inputs=both", "inputs=both,form=crop", TINY + "0.001", TINY + "1e-8",
-    TINY + "1000000", "random:" + TINY + "0.001",
+SAMPLED = (
+    "stock", "vcd:alpha=0", "vcd", "vcd:noise_step=999", PLACEBO, "m3id:lam=0.05", "paicfg",
+    "paicfg:gamma=1.25", "vcd:alpha=0,beta=0.5", "vcd:beta=0.5,noise_step=999", "pai:alpha=0.5",
 )  # fmt: skip
-"""A large lambda leaves the attention for the question alone."""
+FIGURES = {
+    "pope": (
+        Figure("right", "right", lambda s: ratio(s["right"], s["n"])),
+        Figure("recall", "recall", lambda s: ratio(s["tp"], s["tp"] + s["fn"])),
+        Figure("f1", "F1", f1),
+        Figure("yes", "says yes", lambda s: ratio(s["yes"], s["n"])),
+    ),
+    "captions": (
+        Figure("chair_s", "CHAIR_s", lambda s: ratio(s["invents"], s["n"])),
+        Figure("chair_i", "CHAIR_i", lambda s: ratio(s["wrong"], s["named"])),
+        Figure("recall", "recall", lambda s: ratio(s["found"], s["there"])),
+        Figure("words", "words", lambda s: ratio(s["words"], s["n"]), "", 1),
+    ),
+}
+MAIN = {"pope": ("right", "recall", "yes"), "captions": ("chair_s", "chair_i", "recall", "words")}
 
 
-@dataclass
-class Question:
-    """One question about one picture and the word that is right."""
+@dataclass(frozen=True)
+class OtherPhoto(Contrast):
+    """VCD's fusion with a pass that sees the photo of another row of the batch."""
 
-    image: Image
-    text: str
-    right: str
+    name: ClassVar[str] = "other-photo"
 
+    def rewrite(self, call: LogitsCall) -> dict[str, Any]:
+        """Return the inputs with the photos moved on by half a batch."""
+        pixels = call.inputs.get("pixel_values")
+        if pixels is None:
+            return call.inputs
+        return {**call.inputs, "pixel_values": pixels.roll(len(pixels) // 2, 0)}
 
-@dataclass
-class Teller:
-    """tiny-llava, and the inputs of its questions, made once."""
-
-    model: Any
-    processor: Any
-    made: dict[int, list[Any]] = field(default_factory=dict)
-
-    def answers(self, asked: Sequence[Question], seed: int | None) -> list[str]:
-        """Return the answers, greedy or drawn from a seed."""
-        if id(asked) not in self.made:
-            self.made[id(asked)] = [
-                self.inputs(asked[i : i + BATCH]) for i in range(0, len(asked), BATCH)
-            ]
-        drawn = {"do_sample": seed is not None, "max_new_tokens": 3}
-        if seed is not None:
-            torch.manual_seed(seed)
-            drawn |= {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
-        told: list[str] = []
-        for inputs in self.made[id(asked)]:
-            tokens = self.model.generate(**inputs, **drawn)[:, inputs["input_ids"].shape[1] :]
-            told += self.processor.batch_decode(tokens, skip_special_tokens=True)
-        return told
-
-    def inputs(self, asked: Sequence[Question]) -> Any:
-        """Return one batch."""
-        texts = [self.prompt(one.text) for one in asked]
-        images = [one.image for one in asked]
-        made = self.processor(images=images, text=texts, return_tensors="pt", padding=True)
-        return made.to(self.model.device)
-
-    def prompt(self, text: str) -> str:
-        """Return the prompt of a question."""
-        content = [{"type": "image"}, {"type": "text", "text": text}]
-        chat = [{"role": "user", "content": content}]
-        return str(self.processor.apply_chat_template(chat, add_generation_prompt=True))
+    def fuse(self, z: torch.Tensor, weak: torch.Tensor, t: int) -> torch.Tensor:
+        """Return 2 z - z-."""
+        return 2 * z - weak
 
 
 def main() -> None:
-    """Print the tables."""
+    """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("greedy", "sampled", "carve"))
+    parser.add_argument("what", choices=("pope", "captions", "table"))
+    parser.add_argument("parts", nargs="*", type=Path)
+    parser.add_argument("--sampled", action="store_true")
     parser.add_argument("--images", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--model", type=Path, default=assets.path("tiny-llava"))
     parser.add_argument("--arm", action="append")
-    options = parser.parse_args()
-    teller = load()
-    torch.set_grad_enabled(False)
-    if options.what == "carve":
-        tables = small(options.images, options.seed)
-        arms = options.arm or CARVE
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    if given.what == "table":
+        pooled = table([json.loads(path.read_text()) for path in given.parts])
+        if given.out:
+            given.out.write_text(json.dumps(pooled, indent=1) + "\n")
     else:
-        tables = {s: presence(s, options.images, options.seed) for s in SPLITS}
-        arms = options.arm or (GREEDY if options.what == "greedy" else SAMPLED)
-    for name, asked in tables.items():
-        print(f"\n{name}, {len(asked)} questions\n")
-        print("| arm | right | gain | F1 | recall | says yes | s |\n|" + " --- |" * 7, flush=True)
-        first = None
-        for arm in arms:
-            start = time.time()
-            told = run(teller, options.what, arm, asked)
-            right = np.mean([[*map(hit, t, asked)] for t in told], axis=0)
-            first = right if first is None else first
-            print(line(arm, asked, told, right, first, time.time() - start), flush=True)
+        measure(given)
 
 
-def load() -> Teller:
-    """Return the shipped model."""
-    from transformers import LlavaForConditionalGeneration, LlavaProcessor
-
-    folder = assets.path("tiny-llava")
-    model: Any = LlavaForConditionalGeneration.from_pretrained(folder).eval()
-    place = "cuda" if torch.cuda.is_available() else "cpu"
-    return Teller(model.to(place), LlavaProcessor.from_pretrained(folder))
+# -- asking ----------------------------------------------------------------------------------
 
 
-def presence(split: Any, images: int, seed: int) -> list[Question]:
-    """Return a split of POPE."""
-    cases = pope(split, n_images=images, seed=seed)
-    return [Question(case.image, case.question, case.label) for case in cases]
+def measure(given: argparse.Namespace) -> None:
+    """Ask every arm, and write the counts by photo after each."""
+    torch.set_grad_enabled(False)
+    teller, photos = Teller.load(given.model, dtype=torch.float32), album(given.images, given.seed)
+    facts = {"what": given.what, "sampled": given.sampled, "seed": given.seed}
+    shipped = given.model == assets.path("tiny-llava")
+    name = "shipped" if shipped else given.model.parent.name
+    data: dict[str, Any] = {**facts, "model": name, "arms": {}}
+    for arm in given.arm or (SAMPLED if given.sampled else ARMS):
+        with patched(teller.model, arm):
+            told = [answers(teller, photos, given, one) for one in draws(given.sampled)]
+        data["arms"][arm] = counts(photos, given, told)
+        if given.out:
+            given.out.write_text(json.dumps(data) + "\n")
+        print(arm, flush=True)
 
 
-def small(images: int, seed: int) -> dict[str, list[Question]]:
-    """Return questions about small objects of clear photos, half of those of presence no."""
-    cases = pope("adversarial", n_images=images, seed=seed)
-    there = [c for c in cases if c.small and not c.dim]
-    absent = [c for c in cases if c.item is None and not c.dim][: len(there)]
-    colours = []
-    for photo in album(images, seed):
-        shapes = [item.pair[1] for item in photo.items]
-        for item in photo.items:
-            if item.small and not photo.dim and shapes.count(item.pair[1]) == 1:
-                colours.append(Question(photo.image, COLOUR[0].format(item.pair[1]), item.pair[0]))
+@contextlib.contextmanager
+def patched(model: Any, arm: str) -> Iterator[None]:
+    """Run a block with an arm's controls."""
+    if arm == "stock":
+        yield
+        return
+    parts = arm.split("+")
+    controls = [OtherPhoto() if one == PLACEBO else parse_control(one) for one in parts]
+    with attnctl.patch(model, *controls):
+        yield
+
+
+def draws(sampled: bool) -> Sequence[int | None]:
+    """Return the seeds of the answers; None is greedy."""
+    return range(DRAWS) if sampled else (None,)
+
+
+def answers(
+    teller: Teller, photos: Sequence[Photo], given: argparse.Namespace, draw: int | None
+) -> dict[tuple[int, str], str]:
+    """Return the answer to each question about each photo, by its number."""
+    asked = dict.fromkeys((photo, BRIEF[0]) for photo in photos)
+    if given.what == "pope":
+        cases = [case for name in SPLITS for case in questions(photos, name, given.seed)]
+        asked = dict.fromkeys((case.photo, case.question) for case in cases)
+    if draw is not None:
+        settings = teller.model.generation_config
+        settings.do_sample, settings.temperature = True, 1.0
+        settings.top_k, settings.top_p = 0, 1.0
+        torch.manual_seed(draw)
+    told = teller.answers(list(asked), LENGTH[given.what])
+    return {(p.number, text): one for (p, text), one in zip(asked, told, strict=True)}
+
+
+def counts(
+    photos: Sequence[Photo],
+    given: argparse.Namespace,
+    told: Sequence[dict[tuple[int, str], str]],
+) -> dict[str, dict[str, list[Any]]]:
+    """Return counts by photo, summed over draws, of each split (or of all captions)."""
+    if given.what == "captions":
+        rows = [(p, caption_counts(p, one[p.number, BRIEF[0]])) for one in told for p in photos]
+        return {"captions": by_photo(rows, given.seed)}
+    official, found = find_parser("pope", "official"), {}
+    for name in SPLITS:
+        cases = questions(photos, name, given.seed)
+        rows = [
+            (
+                case.photo,
+                yes_no_counts(one[case.photo.number, case.question], case.label, official),
+            )
+            for one in told
+            for case in cases
+        ]
+        found[name] = by_photo(rows, given.seed)
+    return found
+
+
+def by_photo(rows: Sequence[tuple[Photo, dict[str, float]]], seed: int) -> dict[str, list[Any]]:
+    """Return sums of counts by photo."""
+    images = [f"{seed}/{photo.number}" for photo, _ in rows]
+    names, sums = Tally.of(images, [row for _, row in rows], ()).by_image()
+    return {"photos": names, **{key: values.tolist() for key, values in sums.items()}}
+
+
+def caption_counts(photo: Photo, text: str) -> dict[str, float]:
+    """Return the counts of one description."""
+    there, said = {item.name for item in photo.items}, mentions(text)
+    wrong = sum(one not in there for one in said)
     return {
-        "small objects, presence": [
-            Question(c.image, c.question, c.label) for c in there + absent
-        ],
-        "small objects, colour": colours,
+        "n": 1,
+        "invents": wrong > 0,
+        "wrong": wrong,
+        "named": len(said),
+        "found": len(there & {*said}),
+        "there": len(there),
+        "words": len(text.split()),
     }
 
 
-def run(teller: Teller, what: str, arm: str, asked: Sequence[Question]) -> list[list[str]]:
-    """Return the answers of an arm, once for each seed."""
-    seeds = range(SEEDS) if what == "sampled" else (None,)
-    if what == "carve" and arm != "stock":
-        return [second_looks(teller, arm, asked)]
-    controls = [] if arm == "stock" else [parse_control(part) for part in arm.split("+")]
-    patched = attnctl.patch(teller.model, *controls) if controls else contextlib.nullcontext()
-    with patched:
-        return [teller.answers(asked, seed) for seed in seeds]
+# -- the tables ------------------------------------------------------------------------------
 
 
-def second_looks(teller: Teller, arm: str, asked: Sequence[Question]) -> list[str]:
-    """Return the answers of CARVE, or of crops as large at random places."""
-    text = arm.removeprefix("random:")
-    given = {} if text == "defaults" else split_control(f"carve:{text}")[1]
-    kinds: dict[str, Any] = {"p": float, "lam": float, "regions": int, "layers": two}
-    options = {key: kinds.get(key, str)(value) for key, value in given.items()}
-    carver = attnctl.Carver(teller.model, teller.processor, max_new_tokens=3, **options)
-    if text == arm:
-        return [carver(one.image, one.text).answer for one in asked]
-    return [misled(carver, one, random.Random(i)) for i, one in enumerate(asked)]
+def table(parts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Print the tables of runs put together, and return their figures."""
+    pooled = []
+    for what, sampled in dict.fromkeys((one["what"], one["sampled"]) for one in parts):
+        mine = [one for one in parts if (one["what"], one["sampled"]) == (what, sampled)]
+        arms = dict.fromkeys(arm for one in mine for arm in one["arms"])
+        for name in next(iter(mine[0]["arms"].values())):
+            tallies = {arm: joined(mine, arm, name) for arm in arms}
+            base = tallies["stock"]
+            n = int(base.counts["n"].sum())
+            runs = sorted({(one["model"], one["seed"]) for one in mine})
+            print(f"\n{name}{', sampled' if sampled else ''}: {n} answers, {runs}\n")
+            heads = [f.head for f in FIGURES[what] if f.key in MAIN[what]]
+            print(f"| arm | {' | '.join(heads)} |\n|{' --- |' * (1 + len(heads))}")
+            for arm, tally in tallies.items():
+                whole = len(tally.images) == len(base.images)
+                row = figures(tally, base if whole and arm != "stock" else None)
+                print(f"| `{arm}` | {' | '.join(cells(row, what))} |")
+                about = {"split": name, "sampled": sampled, "arm": arm, "runs": runs}
+                pooled.append({**about, "n": int(tally.counts["n"].sum()), **row})
+    return pooled
 
 
-def two(text: str) -> tuple[int, int]:
-    """Return (1, 2) for "1-2"."""
-    first, last = text.split("-")
-    return int(first), int(last)
+def joined(parts: Sequence[dict[str, Any]], arm: str, name: str) -> Tally:
+    """Return an arm's counts of all runs; a photo that two models saw is two photos."""
+    images: list[str] = []
+    columns: dict[str, list[float]] = {}
+    for one in parts:
+        if arm not in one["arms"]:
+            continue
+        data = one["arms"][arm][name]
+        images += [f"{one['model']}/{photo}" for photo in data["photos"]]
+        for key, values in data.items():
+            if key != "photos":
+                columns.setdefault(key, []).extend(values)
+    found = {key: np.array(values) for key, values in columns.items()}
+    return Tally(images, found, FIGURES[parts[0]["what"]])
 
 
-def misled(carver: attnctl.Carver, one: Question, draw: random.Random) -> str:
-    """Return the answer with the picture and a part of it as large as CARVE's, at random."""
-    found = carver(one.image, one.text)
-    if found.box is None:
-        return found.answer
-    wide, high = found.box[2] - found.box[0], found.box[3] - found.box[1]
-    x, y = draw.randint(0, one.image.width - wide), draw.randint(0, one.image.height - high)
-    part = one.image.crop((x, y, x + wide, y + high)).resize(one.image.size)
-    return carver.ask([one.image, part], one.text)
+def figures(tally: Tally, base: Tally | None) -> dict[str, Any]:
+    """Return an arm's figures, and what it gains over stock."""
+    gains = {} if base is None else difference(tally, base)
+    return {
+        "figures": {key: round(one.value, 5) for key, one in estimate(tally).items()},
+        "gains": {
+            key: [round(v, 5) for v in (one.value, one.low, one.high)]
+            for key, one in gains.items()
+        },
+    }
 
 
-def hit(told: str, one: Question) -> bool:
-    """Whether the first word is the right one."""
-    return told.strip().lower().split(" ")[0].strip(".") == one.right
-
-
-def line(
-    arm: str,
-    asked: Sequence[Question],
-    told: list[list[str]],
-    right: np.ndarray[Any, Any],
-    first: np.ndarray[Any, Any],
-    seconds: float,
-) -> str:
-    """Return a row of the table."""
-    gain = paired_interval(right, first)
-    gained = f"{100 * gain.value:+.1f} [{100 * gain.low:+.1f}, {100 * gain.high:+.1f}]"
-    cells = [f"`{arm}`", f"{100 * right.mean():.1f}", "" if right is first else gained]
-    yes = np.array([[t.strip().lower().startswith("yes") for t in run] for run in told])
-    truth = np.array([one.right == "yes" for one in asked])
-    if truth.any():
-        caught = (yes & truth).sum() / max(1, len(told) * truth.sum())
-        precise = (yes & truth).sum() / max(1, yes.sum())
-        f1 = 2 * caught * precise / max(1e-9, caught + precise)
-        cells += [f"{100 * f1:.1f}", f"{100 * caught:.1f}", f"{100 * yes.mean():.1f}"]
-    else:
-        cells += ["", "", ""]
-    return f"| {' | '.join([*cells, f'{seconds:.0f}'])} |"
+def cells(row: dict[str, Any], what: str) -> list[str]:
+    """Return the cells of a row."""
+    found = []
+    for figure in FIGURES[what]:
+        if figure.key in MAIN[what]:
+            text = f"{figure.factor * row['figures'][figure.key]:.1f}"
+            gain = row["gains"].get(figure.key)
+            if gain:
+                value, low, high = (figure.factor * one for one in gain)
+                text += f" ({value:+.1f} [{low:+.1f}, {high:+.1f}])"
+            found.append(text)
+    return found
 
 
 if __name__ == "__main__":

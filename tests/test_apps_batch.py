@@ -22,6 +22,7 @@ from attnctl.apps.batch.manifest import Manifest, read_states
 from attnctl.apps.batch.output import OutputError
 from attnctl.apps.batch.plan import chunks, planned
 from attnctl.apps.batch.readers import JobError, Raw, read_jobs
+from attnctl.apps.bench.batch_crew import compare
 from attnctl.apps.models import load
 from attnctl.apps.pictures import read_metadata
 from attnctl.errors import OptionError
@@ -381,25 +382,12 @@ def test_the_example_fits_the_model(pipe: Any) -> None:
     }
 
 
-def test_two_processes_share_the_work(tmp_path: Path) -> None:
-    (tmp_path / "jobs.csv").write_text("prompt,seed,steps\na red circle,0-3,1\na ring,4-6,1\n")
-    words = ["-m", "attnctl.apps.cli", "batch", "jobs.csv", "--batch", "2", "--out"]
-    both = subprocess.run(
-        [sys.executable, "-P", "-m", "accelerate.commands.launch", "--multi_gpu",
-         "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
-         "--dynamo_backend", "no", *words, "both"],
-        cwd=tmp_path, capture_output=True, text=True, timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"},
-    )  # fmt: skip
-    assert both.returncode == 0, both.stderr[-2000:]
-    assert both.stdout.count("wrote ") >= 1
-    shares = [len((tmp_path / "both" / name).read_text().splitlines())
-              for name in ("manifest.jsonl", "manifest-1.jsonl")]  # fmt: skip
-    assert shares == [4, 3]
-    assert len(set(noted(tmp_path / "both"))) == 7
-    jobs = [raw("a red circle", seed="0-3", steps=1), raw("a ring", seed="4-6", steps=1)]
-    run(tmp_path / "one", jobs, load("tiny-sd3", device="cpu"), batch=2)
-    assert results(tmp_path / "both") == results(tmp_path / "one")
+def test_two_processes_share_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    found = compare(tmp_path, processes=2, items=7, steps=1, batch=2)
+    assert found["shares"] == [4, 3] and found["each item once"]
+    assert (found["equal"], found["different"]) == (8, 0)  # with the contact sheet
+    assert (tmp_path / "crew" / "report.html").is_file()
 
 
 # ---- the command

@@ -35,8 +35,8 @@ def test_every_arm_of_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ),
     )
     out = tmp_path / "cost.json"
-    latent_cost.main(["--steps", "2", "--rounds", "1", "--out", str(out)])
-    arms = json.loads(out.read_text())["sd-small"]["arms"]
+    latent_cost.main(["--steps", "2", "--rounds", "1", "--pictures", "2", "--out", str(out)])
+    arms = json.loads(out.read_text())["sd-small, 2 pictures"]["arms"]
     assert list(arms) == list(latent_cost.arms())
     assert all(row["step_ms"] > 0 for row in arms.values())
     for name in ("a-star", "a-star, checkpointed", "attend-and-excite"):

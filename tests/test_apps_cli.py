@@ -88,6 +88,7 @@ def test_help_fits_the_screen(capsys: pytest.CaptureFixture[str]) -> None:
         out = capsys.readouterr().out
         assert "Usage: attnctl" in out
         assert max(map(len, out.split("\n"))) <= 80
+        assert "...\n" not in out.partition("Commands:")[2]  # a summary cut off
 
 
 def test_the_plain_picture_keeps_its_size(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -239,6 +240,14 @@ def test_sites(capsys: pytest.CaptureFixture[str]) -> None:
     assert max(map(len, lines)) <= 80
     assert cli.run(["sites", "tiny-sd3", "--select", "L1H0", "--wide"]) == 0
     assert "1 of them selected" in capsys.readouterr().out
+
+
+def test_sites_of_a_vision_language_model(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["sites", "tiny-llava", "--select", "L2", "--wide"]) == 0
+    lines = capsys.readouterr().out.strip().split("\n")
+    assert lines[1].split()[:2] == ["L2", "causal"]
+    assert lines[1].split()[-1] == "model.language_model.layers.2.self_attn"
+    assert "6 of them selected" in " ".join(lines)
 
 
 def test_controls_lists_every_control_with_its_options(

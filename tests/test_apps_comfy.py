@@ -27,8 +27,9 @@ from attnctl.apps import comfy
 from attnctl.apps.comfy.eligible import eligible, refusal
 from attnctl.apps.comfy.nodes import node_options
 from attnctl.apps.comfy.patches import Node, patched
+from attnctl.apps.comfy.places import spans_in
 from attnctl.errors import OptionError, SelectorError
-from attnctl.records import Step
+from attnctl.records import Spans, Step
 from attnctl.testing import oracles
 
 HEADS, DIM, WIDTH = 3, 4, 12
@@ -407,6 +408,23 @@ def test_attention_past_the_override_is_an_error() -> None:
     deaf.shape = UNet.shape  # type: ignore[attr-defined]
     with pytest.raises(attnctl.AttnctlError, match="past ComfyUI's"):
         sample_step(patched(Patcher(deaf), attnctl.PAG()))
+
+
+@pytest.mark.parametrize("control", [attnctl.PAG(heads="middle"), attnctl.PLADIS()])
+def test_an_override_put_over_ours_is_an_error(control: Any) -> None:
+    """Such as that of a node which sets another backend for the whole model."""
+    new = patched(Patcher(UNet()), control)
+    sample_step(new)  # the sites are known from here on
+    inside = new.model_options["transformer_options"]
+    inside["optimized_attention_override"] = lambda function, *args, **o: function(*args, **o)
+    with pytest.raises(attnctl.AttnctlError, match="no attention call reached it"):
+        sample_step(new)
+
+
+def test_a_video_grid_says_that_all_tokens_are_image_tokens() -> None:
+    spans = spans_in({"block_index": 0, "grid_sizes": (2, 2, 3)}, "joint", 12, 12)
+    assert spans == Spans((("image", 0, 12),), (("image", 0, 12),), (2, 2, 3))
+    assert spans_in({"block_index": 0, "grid_sizes": (2, 2, 3)}, "joint", 17, 17) == Spans((), ())
 
 
 # -- composition ---------------------------------------------------------------------------------

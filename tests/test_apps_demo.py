@@ -93,13 +93,18 @@ def test_editing_a_stack(house: House) -> None:
         set_option(text, 2, "u", "1", target)
     with pytest.raises(OptionError, match="no head is chosen"):
         set_heads(text, 1, [], target)
+    with pytest.raises(OptionError, match="m3id acts on no heads"):
+        set_heads("m3id", 1, [(0, 1)], target)
 
 
 def test_each_model_is_offered_what_it_admits(house: House) -> None:
     pictures, questions = house.guests["tiny-sd3"], house.guests["tiny-llava"]
     assert "softpag" in pictures.offered and "pai" not in pictures.offered
     assert "pai" in questions.offered and "softpag" not in questions.offered
-    assert pictures.presets[0] == "softpag"  # the one made for this very model
+    found = [choose(pictures.target, name).preset for name in pictures.presets]
+    own = [one is not None and one.layers > 0 for one in found]
+    assert own == sorted(own, reverse=True)  # those made for such a model come first
+    assert own[pictures.presets.index("softpag")]
     with pytest.raises(ModelError, match="no such model"):
         house.guest("tiny-sd3", "vlm")
 
@@ -167,6 +172,27 @@ def test_answers_stock_and_controlled(service: Service, tmp_path: Path) -> None:
     assert json.loads(Path(made.files["record"]).read_text())["controls"][0]["name"] == "pai"
     with pytest.raises(OptionError, match="1 to 128"):
         service.answer(order, tmp_path / "q.png", 10**6)
+
+
+def test_where_words_look(service: Service, house: House, tmp_path: Path) -> None:
+    Image.new("RGB", (72, 72), (90, 90, 90)).save(tmp_path / "q.png")
+    told: list[tuple[int, int]] = []
+    order = Asked(
+        "me", lambda name, done, total: told.append((done, total)), "tiny-llava",
+        "Describe the image.", "pai:alpha=0.5",
+    )  # fmt: skip
+    made = service.map_answer(order, tmp_path / "q.png", 5)
+    assert list(made.captions) == [word for word in made.files if word != "sheet"]
+    assert all(Path(file).is_file() for file in made.files.values())
+    assert told and all(done <= total == 7 for done, total in told)
+    # a row of the grid for each layer, and heads of one layer look at different things
+    grid = service.look_heads(order, tmp_path / "q.png", 5)
+    assert grid.heads == house.guests["tiny-llava"].heads
+    assert len({cell.tobytes() for cell in grid.cells}) > 40
+    with pytest.raises(OptionError, match="1 to 128"):
+        service.map_answer(order, tmp_path / "q.png", 0)
+    with pytest.raises(ModelError, match="no such model"):
+        service.look_heads(asked("tiny-sd3"), tmp_path / "q.png", 5)
 
 
 def test_cancelled_runs_end_at_once_and_leave_the_model_stock(

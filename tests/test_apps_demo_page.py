@@ -103,6 +103,45 @@ def test_film(client: Any) -> None:
     assert read_video_metadata(Path(files[1]))["controls"][0]["name"] == "softpag"
 
 
+def test_a_film_with_word_heat_maps(client: Any) -> None:
+    pytest.importorskip("av")
+    from attnctl.apps.videos import read_frames, read_video_metadata
+
+    asked = settings(model="tiny-wan", frames=5, prompt="a red circle moving left", steps=1)
+    clip, sheet, files, report = client.predict(
+        **asked, words="circle, left", api_name="/film_heatmap"
+    )
+    clip = clip["video"] if isinstance(clip, dict) else clip
+    assert read_video_metadata(Path(files[0]))["words"] == ["circle", "left"]
+    assert len(read_frames(Path(clip))) == 5
+    assert read_metadata(files[1])["words"] == ["circle", "left"] and sheet
+    assert "heatmap" in report
+
+
+def test_every_head_of_a_film_is_drawn(client: Any, service: Service) -> None:
+    asked = settings(model="tiny-wan", frames=1, prompt="a red circle", steps=1)
+    drawn = Image.open(client.predict(**asked, api_name="/film_heads")).convert("RGB")
+    plain = Grid(service.house.guests["tiny-wan"].heads).picture()
+    assert drawn.size == plain.size and drawn.tobytes() != plain.tobytes()
+
+
+def test_where_words_and_heads_look(client: Any, service: Service, tmp_path: Path) -> None:
+    from gradio_client import handle_file
+
+    Image.new("RGB", (72, 72), (90, 90, 90)).save(tmp_path / "q.png")
+    asked = (handle_file(tmp_path / "q.png"), "Describe the image.", 6, "pai:alpha=0.5")
+    answer, maps, sheet, report, code = client.predict(
+        "tiny-llava", *asked, api_name="/answer_heatmap"
+    )
+    record = read_metadata(sheet)
+    assert record["answer"] == answer and record["controls"][0]["name"] == "pai"
+    assert all("%" in one["caption"] for one in maps)
+    assert "48 heads of 8 sites" in report and "sink" in report and "'pai'" in code
+    drawn = Image.open(client.predict("tiny-llava", *asked, api_name="/answer_heads"))
+    plain = Grid(service.house.guests["tiny-llava"].heads).picture()
+    assert drawn.size == plain.size and drawn.convert("RGB").tobytes() != plain.tobytes()
+
+
 def ask(client: Any, picture: Any, question: str = "Is there a ring?") -> Any:
     return client.predict("tiny-llava", picture, question, 4, "pai:alpha=0.5", api_name="/answer")
 

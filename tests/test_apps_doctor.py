@@ -15,9 +15,15 @@ REQUIRES = ["torch>=2.6", "absent-package", "av>=99 ; extra == 'video'", "mypy; 
             "tomli; python_version < '3'", "numpy; extra == 'viz'"]  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def width(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+
+
 def test_everything_has_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["doctor"]) == 0
     out = capsys.readouterr().out
+    assert max(map(len, out.split("\n"))) <= 80
     assert f"  torch {torch.__version__}\n" in out
     for name, why_not in BACKENDS.items():
         assert re.search(rf"^  {name}: (yes|no: .+)$", out, re.MULTILINE), why_not
@@ -44,8 +50,7 @@ def test_what_is_missing_or_too_old_is_named(
     ]
     assert cli.run(["doctor"]) == 1
     out = capsys.readouterr().out
-    assert (
-        "  video: no: av 18.1 does not fit: >=99 is needed (pip install 'attnctl[video]')" in out
-    )
+    video = "  video: no: av 18.1 does not fit: >=99 is needed (pip install 'attnctl[video]')"
+    assert video in out.replace("\n    ", " ")
     assert "  viz: yes (numpy)" in out
     assert "mypy" not in out and "tomli" not in out

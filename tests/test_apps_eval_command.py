@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+import attnctl
 from attnctl import assets
 from attnctl.apps import cli
 from attnctl.apps.eval import arms, command
@@ -108,6 +109,10 @@ def test_chair_and_its_second_score(
         (("--model", "tiny-lava"), "there is no model 'tiny-lava'"),
         (("--control", "pay"), "pay"),
         (("--control", "pai:rows=none"), "rows"),
+        (("--control", "carve:p=7"), "carve: p=7.0 must be above 0"),
+        (("--control", "carve:regions=few"), "carve: regions=few cannot be read"),
+        (("--control", "carve:size=2"), "carve has no option 'size' here; it has p, regions"),
+        (("--control", "carve", "--control", "carve:p=0.2"), "carve is given 2 times"),
     ],
 )
 def test_what_cannot_be_is_told_in_a_line(
@@ -117,6 +122,37 @@ def test_what_cannot_be_is_told_in_a_line(
     error = capsys.readouterr().err
     assert told in error and error.count("\n") == 1
     assert not list(tmp_path.glob("*.json"))
+
+
+CARVE = "carve:p=0.2,regions=1,steps=start,layers=1-2,lam=0.001,inputs=both,form=crop"
+
+
+def test_a_second_look_among_the_controls(data: Path, tmp_path: Path) -> None:
+    """Its answers are those of `attnctl.Carver`; a run that was cut ends with the same file."""
+    chosen = ("--limit", "12", "--control", PAI, "--control", CARVE, "--max-new-tokens", "4")
+    assert cli.run(words(data, tmp_path / "a", *chosen)) == 0
+    assert result(tmp_path / "a")["controls"] == [PAI, CARVE]
+    file = answers(tmp_path / "a", "pai--carve")
+    whole, stored = file.read_bytes(), load(file)
+    assert stored.head["controls"][1] == CARVE
+    answerer = Answerer.load("tiny-llava", "cpu")
+    carver = attnctl.Carver(
+        answerer.model, answerer.processor, p=0.2, regions=1, steps="start", layers=(1, 2),
+        lam=0.001, inputs="both", form="crop", max_new_tokens=4,
+    )  # fmt: skip
+    asked = [one.item for one in stored.answers().values()][-6:]
+    with attnctl.patch(answerer.model, attnctl.PAI(alpha=2)):
+        found = carver.many(
+            [Image.open(data / "val2014" / one.image) for one in asked],
+            [one.question for one in asked],
+        )
+    assert [one.answer for one in found] == [stored.answers()[one.id].text for one in asked]
+    file.write_bytes(whole[: whole.rindex(b'{"run"') - 10])  # two lines less, one of them torn
+    assert cli.run(words(data, tmp_path / "a", *chosen)) == 0
+    assert file.read_bytes() == whole
+    other = (*chosen[:-3], CARVE.replace("p=0.2", "p=0.3"), *chosen[-2:])
+    assert cli.run(words(data, tmp_path / "a", *other)) == 0
+    assert len(list((tmp_path / "a").glob("*-pai--carve-*.jsonl"))) == 2
 
 
 # -- broken images, other runs; with a model of no weight ---------------------------------------

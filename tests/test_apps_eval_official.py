@@ -4,7 +4,9 @@ Set ATTNCTL_OFFICIAL to a folder that holds, each cloned under the last part of 
 github.com/AoiDragon/POPE, DAMO-NLP-SG/VCD, LALBJ/PAI, junyangwang0410/AMBER and
 Maxlinn/CHAIR-metric-standalone, and `eval_tool`, which is tools/eval_tool.zip of the branch
 Evaluation of BradyFU/Awesome-Multimodal-Large-Language-Models, unpacked. CHAIR needs nltk with
-its data, and pattern. Without the variable nothing runs here.
+its data, and pattern. AMBER's descriptions are also compared with spaCy's own vectors, where it is
+installed: those of the model that ATTNCTL_SPACY names, en_core_web_lg without it (a small model
+takes other words for the same, but on both sides). Without ATTNCTL_OFFICIAL nothing runs here.
 """
 
 import json
@@ -15,7 +17,7 @@ import re
 import subprocess
 import sys
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +129,60 @@ def test_mme(tmp_path: Path) -> None:
         assert [ours["perception"], ours["cognition"]] == pytest.approx(totals, abs=1e-9)
 
 
+def _amber_arguments(data: Path, responses: Path, kind: str) -> list[str]:
+    arguments = ["--inference_data", str(responses), "--evaluation_type", kind]
+    for option, file in (
+        ("word_association", "relation.json"), ("safe_words", "safe_words.txt"),
+        ("annotation", "annotations.json"), ("metrics", "metrics.txt"),
+    ):  # fmt: skip
+        arguments += [f"--{option}", str(data / file)]
+    return arguments
+
+
+def test_amber_with_spacy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Descriptions with spaCy's own vectors on both sides; nltk's parts are replaced."""
+    spacy = pytest.importorskip("spacy")
+    model = os.environ.get("ATTNCTL_SPACY", "en_core_web_lg")
+    if not spacy.util.is_package(model):
+        pytest.skip(f"spaCy has no model {model}")
+    data, chance = PLACE / "AMBER/data", random.Random(0)
+    sources = Sources("amber", data, split="g")
+    items, tables = read_items(sources, Skips())[:40], sources.tables()
+    known = sorted(amber_nouns.read_nouns(data).known)
+
+    def said(truth: Mapping[str, Any]) -> str:
+        words = [*truth["truth"], *truth["hallu"], *chance.sample(known, 5)]
+        return " a ".join(chance.sample(words, min(9, len(words))))
+
+    rows = [{"id": int(one.id), "response": said(one.truth)} for one in items]
+    (tmp_path / "r.json").write_text(json.dumps(rows))
+    fakes = FAKES + _nltk(known) + (
+        f"import spacy\nload = spacy.load\nspacy.load = lambda name: load({model!r})\n"
+    )  # fmt: skip
+    arguments = _amber_arguments(data, tmp_path / "r.json", "g")
+    found = numbers(run(fakes + _source("AMBER/inference.py"), *arguments))
+    monkeypatch.setattr(amber_nouns, "tokens", str.split)
+    answers = read_answers("amber", tmp_path / "r.json", items, Skips())
+    ours, exact = (
+        figures("amber", answers, Scoring(None, "rule", alike), tables)
+        for alike in (f"spacy:{model}", "exact")
+    )
+    assert set(found) == {"chair", "cover", "hal", "cog"}
+    assert {key: round(100 * ours[key], 1) for key in found} == found
+    assert ours["chair"] != exact["chair"] or ours["cover"] != exact["cover"]
+
+
+def _nltk(known: Sequence[str]) -> str:
+    """Blanks part words, the vocabulary's words are nouns."""
+    return (
+        f"known = set({known!r})\n"
+        "class Same:\n    lemmatize = lambda self, word: word\n"
+        "fake('nltk', word_tokenize=str.split,\n"
+        "     pos_tag=lambda words: [(w, 'NN' if w in known else 'X') for w in words])\n"
+        "fake('nltk.stem', WordNetLemmatizer=Same)\nfake('tqdm', tqdm=list)\n"
+    )
+
+
 def test_amber(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data, chance = PLACE / "AMBER/data", random.Random(0)
     sources = Sources("amber", data)
@@ -141,23 +197,13 @@ def test_amber(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     rows = [{"id": int(one.id), "response": said(one.truth)} for one in items]
     (tmp_path / "r.json").write_text(json.dumps(rows))
-    # blanks part words, the vocabulary's words are nouns, three equal letters make words alike
-    fakes = FAKES + (
-        f"known = set({known!r})\n"
-        "class Same:\n    lemmatize = lambda self, word: word\n"
+    # three equal letters make words alike
+    fakes = FAKES + _nltk(known) + (
         "class Word(str):\n"
         "    similarity = lambda self, other: float(self == other or self[:3] == other[:3])\n"
-        "fake('nltk', word_tokenize=str.split,\n"
-        "     pos_tag=lambda words: [(w, 'NN' if w in known else 'X') for w in words])\n"
-        "fake('nltk.stem', WordNetLemmatizer=Same)\n"
-        "fake('spacy', load=lambda name: Word)\nfake('tqdm', tqdm=list)\n"
-    )
-    arguments = ["--inference_data", str(tmp_path / "r.json"), "--evaluation_type", "a"]
-    for option, file in (
-        ("word_association", "relation.json"), ("safe_words", "safe_words.txt"),
-        ("annotation", "annotations.json"), ("metrics", "metrics.txt"),
-    ):  # fmt: skip
-        arguments += [f"--{option}", str(data / file)]
+        "fake('spacy', load=lambda name: Word)\n"
+    )  # fmt: skip
+    arguments = _amber_arguments(data, tmp_path / "r.json", "a")
     told = run(fakes + _source("AMBER/inference.py"), *arguments)
     monkeypatch.setattr(amber_nouns, "tokens", str.split)
     monkeypatch.setattr(amber_nouns, "alike", lambda name: lambda a, b: a == b or a[:3] == b[:3])

@@ -1,6 +1,8 @@
 """Scores: the golden table of parsers, the words of CHAIR, figures and their intervals."""
 
 import json
+import sys
+import types
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from attnctl.apps.eval.parsers import PARSERS, find_parser
 from attnctl.assets.world.chair import chair as world_chair
 from attnctl.assets.world.evaluation import album
 from attnctl.assets.world.export import export
+from attnctl.errors import MissingExtra
 
 GOLDEN = {
     # answer: official, pai, vcd if gold is yes, vcd if gold is no, lmms-eval, vlmevalkit, mme
@@ -285,3 +288,33 @@ def test_foreign_pope_answers_pair_by_id_or_order(tmp_path: Path):
     skips = Skips(True)
     assert len(read_answers("pope", write(tmp_path / "d", by_id[:1]), items, skips)) == 1
     assert len(skips.reasons) == 1
+
+
+def test_what_a_way_to_words_lacks_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("nltk", "spacy", "pattern.en"):
+        monkeypatch.setitem(sys.modules, name, None)
+    for use in (
+        lambda: Objects([["dog"]], "lemma"),
+        lambda: amber_nouns.finder("lemma", frozenset()),
+    ):
+        with pytest.raises(MissingExtra, match=r"'nltk'.*pip install 'attnctl\[eval\]'"):
+            use()
+    with pytest.raises(MissingExtra, match=r"'spacy'.*pip install 'attnctl\[eval\]'"):
+        amber_nouns.alike("spacy:en_core_web_lg")
+    nltk = types.ModuleType("nltk")
+    vars(nltk).update(word_tokenize=str.split, pos_tag=list)
+    stem = types.ModuleType("nltk.stem")
+    vars(stem).update(WordNetLemmatizer=lambda: types.SimpleNamespace(lemmatize=str))
+    monkeypatch.setitem(sys.modules, "nltk", nltk)
+    monkeypatch.setitem(sys.modules, "nltk.stem", stem)
+    with pytest.raises(EvalError, match=r"pip install pattern\. No extra brings it"):
+        Objects([["dog"]], "pattern")
+    spacy = types.ModuleType("spacy")
+
+    def load(name: str) -> None:
+        raise OSError(name)
+
+    vars(spacy).update(load=load)
+    monkeypatch.setitem(sys.modules, "spacy", spacy)
+    with pytest.raises(EvalError, match="python -m spacy download en_core_web_lg"):
+        amber_nouns.alike("spacy:en_core_web_lg")

@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 import attnctl
 from attnctl import assets
+from attnctl.apps.control_syntax import parse_control
 from attnctl.hosts.families import Family
 from attnctl.testing import zoo
 
@@ -187,6 +189,7 @@ def test_every_page_is_in_the_navigation() -> None:
 # -- generated files ---------------------------------------------------------------------------
 
 
+@functools.cache
 def script(name: str) -> Any:
     spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     assert spec is not None and spec.loader is not None
@@ -210,6 +213,15 @@ def test_the_support_table_is_current() -> None:
     assert table.PAGE.read_text(encoding="utf-8") == made
 
 
+def test_the_steering_tables_are_current() -> None:
+    """Else run `python docs/make_steering.py`."""
+    tables = script("make_steering")
+    text = tables.PAGE.read_text(encoding="utf-8")
+    files = {file.stem for file in tables.MEASURED.glob("*.json")}
+    assert {found[2] for found in tables.TABLE.finditer(text)} == files
+    assert tables.page(text) == text
+
+
 @pytest.mark.parametrize("name", attnctl.controls())
 def test_the_options_of_a_control_are_current(name: str) -> None:
     """Else run `python docs/make_controls.py`."""
@@ -219,6 +231,26 @@ def test_the_options_of_a_control_are_current(name: str) -> None:
     for option in dataclasses.fields(attnctl.controls()[name]):
         line = next(s for s in page.splitlines() if s.startswith(f"| `{option.name}` |"))
         assert line.split(" | ")[-1].strip("| "), f"{name}: {option.name} has no description"
+
+
+@pytest.mark.parametrize("name", attnctl.controls())
+def test_every_control_has_its_picture(name: str) -> None:
+    """Else run `python -P docs/make_pictures.py NAME` and look at what it drew."""
+    pictures = script("make_pictures")
+    page = (ROOT / "docs" / "controls" / f"{name}.md").read_text(encoding="utf-8")
+    assert pictures.START in page and pictures.written(page, name) == page
+    assert parse_control(pictures.setting(name)).name == name
+    file = pictures.FOLDER / "controls" / f"{name}.png"
+    assert file.stat().st_size <= 60_000
+    with Image.open(file) as image:
+        image.load()
+        assert image.width >= 600 and len(image.convert("RGB").getcolors(1 << 20)) > 8
+
+
+def test_the_pictures_are_of_controls_that_exist() -> None:
+    pictures = script("make_pictures")
+    files = {file.stem for file in (pictures.FOLDER / "controls").glob("*.png")}
+    assert files | set(pictures.SETTINGS) | set(pictures.WITHOUT_CFG) <= set(attnctl.controls())
 
 
 def test_the_performance_page_is_current() -> None:

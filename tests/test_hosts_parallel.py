@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import traceback
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 import attnctl
+from attnctl.apps.bench import model, parallel
 from attnctl.control import Control
 from attnctl.kernels import BlockMask
 from attnctl.processors.sparse.shapes import VideoTokens
@@ -145,6 +147,28 @@ def test_heads_that_cannot_be_shared_out_evenly(tmp_path: Path) -> None:
 
     for video in in_two(work, tmp_path):
         torch.testing.assert_close(video, want, atol=1e-5, rtol=0)
+
+
+def test_the_bench_finds_both_alike_and_tells_what_the_control_moves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def tiny(size: model.Size) -> tuple[Any, dict[str, Any]]:
+        inputs = {
+            "hidden_states": torch.randn(1, 4, 9, 8, 12),
+            "timestep": torch.tensor([500.0]),
+            "encoder_hidden_states": torch.randn(1, 12, 20),
+        }
+        return build().transformer, inputs
+
+    monkeypatch.setitem(model.MODELS, "wan-1.3b", tiny)
+    words = ["--device", "cpu", "--rounds", "1", "--out", str(tmp_path / "parallel.json")]
+    words += ["--control", "radial:decay=0.3,block=32,dense_layers=0,start=0"]
+    in_two(lambda: parallel.main(words), tmp_path)
+    data = json.loads((tmp_path / "parallel.json").read_text())
+    stock, radial = data["rows"]
+    assert data["processes"] == 2 and stock["arm"] == "stock" and stock["moved"] == 0
+    assert stock["apart"] < 1e-6 and radial["apart"] < 1e-6 and radial["moved"] > 1e-3
+    assert min(stock["alone_ms"], radial["shared_ms"]) > 0
 
 
 # -- what is refused -------------------------------------------------------------------------

@@ -241,7 +241,7 @@ def test_a_static_cache_gives_the_same(name: str) -> None:
     torch.testing.assert_close(dynamic, static, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["llava", "qwen2.5-vl"])
+@pytest.mark.parametrize("name", ["llava", "qwen2.5-vl", "instructblip"])
 def test_what_generate_compiles_runs_eagerly_under_a_patch(name: str) -> None:
     """With a static cache `generate` compiles the model's call, and keeps what it compiled."""
     how = transformers.CompileConfig(backend="eager", fullgraph=True, mode=None)
@@ -265,6 +265,38 @@ def test_what_generate_compiles_runs_eagerly_under_a_patch(name: str) -> None:
         torch.testing.assert_close(
             generate(model, inputs, 3, **static), stock, rtol=1e-4, atol=1e-5
         )
+    torch._dynamo.reset()
+
+
+def compile_forward(model: Any) -> None:
+    model.forward = torch.compile(model.forward, backend="eager")
+
+
+def compile_layers(model: Any) -> None:
+    for layer in model.model.language_model.layers:
+        layer.compile(backend="eager")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("how", "control"),
+    [(compile_forward, attnctl.VCD()),
+     (compile_layers, attnctl.VAR(sink_dims=(0, 1), tau=1.2, rho_nonsink=0.0))],
+    ids=["forward", "layers"],
+)  # fmt: skip
+def test_a_patch_acts_in_a_model_that_was_compiled_and_used(how: Any, control: Any) -> None:
+    """What a user compiled by hand runs eagerly, wholly or in part, while it is patched."""
+    inputs, close = VLMS["llava"].inputs(), {"rtol": 1e-4, "atol": 1e-5}
+    stock = generate(built("llava"), inputs, 2)
+    with attnctl.patch(built("llava"), control):
+        wanted = generate(built("llava"), inputs, 2)
+    assert (wanted - stock).abs().max() > 1e-3
+    model = VLMS["llava"].build()
+    how(model)
+    torch.testing.assert_close(generate(model, inputs, 2), stock, **close)
+    with attnctl.patch(model, control):
+        torch.testing.assert_close(generate(model, inputs, 2), wanted, **close)
+    torch.testing.assert_close(generate(model, inputs, 2), stock, **close)
     torch._dynamo.reset()
 
 

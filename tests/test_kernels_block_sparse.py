@@ -105,6 +105,17 @@ def test_other_wrong_masks_are_refused():
     )
     with pytest.raises(ValueError, match="bitmap that is not among"):
         lacking.check()
+    for order in (torch.tensor([0, 0]).int(), torch.tensor([1, 0]), torch.tensor([0]).int()):
+        with pytest.raises(ValueError, match="each of the 2 rows once"):
+            BlockMask.of_lists(whole.lists, 64, 64, 32, order=order)
+
+
+def test_the_order_of_rows_goes_with_the_mask():
+    keep = torch.ones(1, 2, 3, 3).bool()
+    order = torch.tensor([1, 2, 0]).int()
+    mask = BlockMask.of_lists(RowLists.of(keep), 96, 96, 32, order=order)
+    assert torch.equal(mask.take_heads(slice(0, 1)).order, order)
+    assert mask.to("meta").order.shape == (3,)
 
 
 def test_the_picture_shows_every_block():

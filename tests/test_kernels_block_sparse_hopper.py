@@ -8,12 +8,14 @@ import re
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from attnctl.kernels import BlockMask
 from attnctl.kernels.block_sparse import fa4, gluon
+from attnctl.kernels.block_sparse.tiles import Tiles, tiles_for
 from attnctl.testing.blocks import random_blocks, random_map
 
 triton = pytest.importorskip("triton")
@@ -47,17 +49,74 @@ def compiled(width: int) -> SimpleNamespace:
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=gluon.OPTIONS)
 
 
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="nothing is compiled")
+def assembly(kernel: Any, tmp_path: Path) -> str:
+    """Return the machine code of a compiled kernel as text."""
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(kernel.asm["cubin"])
+    return subprocess.run(
+        [tools / "cuobjdump", "-sass", cubin], capture_output=True, text=True, check=True
+    ).stdout
+
+
+def compiled_plain(width: int, tiles: Tiles, parts: bool) -> Any:
+    """Return the plain kernel compiled for sm90 for a head dim, with partial blocks or without."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from attnctl.kernels.block_sparse.triton import block_sparse_fwd_kernel as kernel
+
+    fixed = {"BLOCK": 128, "BM": tiles.m, "BN": tiles.n, "D": width, "DP": width,
+             "DESCRIPTORS": tiles.descriptors, "PARTS": parts, "STAGES": tiles.stages}  # fmt: skip
+    loaded = f"tensordesc<bf16[1, 1, {tiles.n}, {width}]>" if tiles.descriptors else "*bf16"
+    types = {
+        "K": loaded,
+        "V": loaded,
+        "Q": "*bf16",
+        "Out": "*bf16",
+        "Lse": "*fp32",
+        "scale": "fp32",
+    }
+    signature = {}
+    for name in kernel.arg_names:
+        other = "*i32" if name[0].isupper() else "i32"
+        signature[name] = "constexpr" if name in fixed else types.get(name, other)
+    even = [i for i, name in enumerate(kernel.arg_names)
+            if signature[name][0] == "*" or name[:2] in ("sq", "sk", "sv", "so")]  # fmt: skip
+    attrs = {(i,): [["tt.divisibility", 16]] for i in even}
+    options = {"num_warps": tiles.warps, "num_stages": tiles.stages, "maxnreg": tiles.registers}
+    source = ASTSource(kernel, signature, fixed, attrs)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
+not_compiled = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="nothing is compiled"
+)
+
+
+@not_compiled
+@pytest.mark.parametrize("width", [64, 128])
+def test_two_programs_of_the_plain_kernel_share_a_multiprocessor(width, tmp_path):
+    """One computes weights while the other's products run: there is no overlap within one."""
+    tiles = tiles_for(width, 128, torch.bfloat16, "sm90")
+    kernel = compiled_plain(width, tiles, False)
+    for made in (kernel, compiled_plain(width, tiles, True)):
+        assert 2 * (made.metadata.shared + 1024) <= 228 * 1024
+    assert 2 * tiles.warps * 32 * 255 <= 2**16
+    code = assembly(kernel, tmp_path).splitlines()
+    copies = [i for i, line in enumerate(code) if "UTMALDG" in line]
+    products = [i for i, line in enumerate(code) if "HGMMA" in line]
+    main = code[products[0] : next(i for i in copies if i > products[0])]
+    assert sum("MUFU.EX2" in line for line in main) >= tiles.m * tiles.n / tiles.warps / 32
+    assert not any("LDL" in line or "STL" in line for line in main)  # nothing spilled
+
+
+@not_compiled
 @pytest.mark.parametrize("width", [64, 128])
 def test_compiles_for_hopper_with_its_overlap(width, tmp_path):
     kernel = compiled(width)
     assert kernel.metadata.shared <= 227 * 1024  # what a block may have
-    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
-    cubin = tmp_path / "kernel.cubin"
-    cubin.write_bytes(kernel.asm["cubin"])
-    text = subprocess.run(
-        [tools / "cuobjdump", "-sass", cubin], capture_output=True, text=True, check=True
-    ).stdout
+    text = assembly(kernel, tmp_path)
     assert "HGMMA.64x128x16" in text and "UTMALDG.4D" in text
     # the weights are made between the wait for the logits and the wait for the values
     marks = re.findall(r"DEPBAR\.LE gsb0, 0x[01]|MUFU\.EX2", text)

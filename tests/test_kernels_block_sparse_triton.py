@@ -16,6 +16,7 @@ from torch import Tensor
 
 from attnctl.kernels import BlockMask, block_sparse_attention
 from attnctl.kernels.block_sparse import ops
+from attnctl.kernels.block_sparse.tiles import Tiles
 from attnctl.testing.blocks import exact, poisoned, random_blocks, random_map
 from attnctl.testing.calls import tensors
 
@@ -73,7 +74,7 @@ def close(got: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor], dtype: torch.
 )  # fmt: skip
 def test_equals_the_explicit_map(nq, nk, width, block, heads, kv_heads, dtype, descriptors):
     q, k, v = tensors(2, heads, nq, width, keys=nk, kv_heads=kv_heads, dtype=dtype, sharp=1.0)
-    tiles = kernel.Tiles(min(64, block), 32, 4, 2, descriptors)
+    tiles = Tiles(min(64, block), 32, 4, 2, descriptors)
     for mask in (random_blocks(nq, nk, block), BlockMask.from_dense(random_map(nq, nk), block)):
         with poisoned():
             got = kernel.block_sparse_triton(q, k, v, mask, width**-0.5, tiles)
@@ -97,11 +98,23 @@ def test_own_lists_for_each_head_and_both_layouts():
 
 
 @inside
+@pytest.mark.parametrize("scale", [0.0, -0.2, 0.7])
+def test_any_scale(scale):
+    q, k, v = tensors(1, 2, 70, 32, keys=100, kv_heads=1, dtype=torch.float32)
+    mask = BlockMask.from_dense(random_map(70, 100), 32)
+    close(
+        kernel.block_sparse_triton(q, k, v, mask, scale),
+        exact(q, k, v, mask, scale),
+        torch.float32,
+    )
+
+
+@inside
 def test_odd_strides_are_loaded_without_descriptors():
     wide = tensors(1, 1, 64, 35, dtype=torch.float32)
     q, k, v = (x[..., 1:33] for x in wide)
     mask = random_blocks(64, 64, 32)
-    tiles = kernel.Tiles(32, 32, 4, 2, True)
+    tiles = Tiles(32, 32, 4, 2, True)
     got = kernel.block_sparse_triton(q, k, v, mask, 32**-0.5, tiles)
     close(got, exact(q, k, v, mask), torch.float32)
 
@@ -127,12 +140,3 @@ def test_what_it_cannot_do_is_refused():
     q, k, v = (x.float() for x in (q, k, v))
     with pytest.raises(ValueError, match="got 16 and 8"):
         block_sparse_attention(q, k, v[..., :8], mask, backend="triton")
-
-
-@inside
-def test_tiles_divide_the_block():
-    for width in (16, 64, 128, 256):
-        for block in (32, 64, 128, 256):
-            for dtype in (torch.float16, torch.float32):
-                tiles = kernel.tiles_for(width, block, dtype, hopper=True)
-                assert block % tiles.m == block % tiles.n == 0

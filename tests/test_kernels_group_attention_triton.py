@@ -149,6 +149,7 @@ def test_a_written_token(
     seen = masks(mask, batch, heads, 1, keys)
     assert rows_fit(q, k, v, seen)
     out = edited_row(q, k, v, made, seen, None)
+    assert out is not None
     assert out.shape == q.shape and out.transpose(1, 2).is_contiguous()
     exact, hit = wanted(q, k, v, made, seen, False)
     assert hit.any()
@@ -164,8 +165,7 @@ def test_keys_of_a_written_token_in_parts(
     heads: int, kv: int, keys: int, edit: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kernel, "FEWEST_KEYS", 60)
-    splits = kernel._splits(1, heads // kv, 2 * kv, keys)
-    assert splits > 2
+    assert kernel._splits(2 * kv, keys, False) > 2
     q, k, v = tensors(2, heads, 1, 8, kv_heads=kv, keys=keys, dtype=torch.float32)
     some = (torch.arange(heads) % 2).to(torch.uint8)
     seen = masks("bool", 2, heads, 1, keys)
@@ -174,6 +174,7 @@ def test_keys_of_a_written_token_in_parts(
     for made in (Edit(codes_of(2, keys), **edit), Edit(codes_of(2, keys), **edit, heads=some)):
         exact, _ = wanted(q, k, v, made, seen, False)
         out = edited_row(q, k, v, made, seen, None)
+        assert out is not None
         assert (out.double() - exact).abs().max() < CLOSE[torch.float32]
 
 
@@ -189,10 +190,19 @@ def test_keys_of_a_written_token_in_parts(
         ("float", True, torch.float32),
     ],
 )
+@pytest.mark.parametrize("n", [37, 151])
 def test_rows_of_a_prompt(
-    mask: str, causal: bool, dtype: torch.dtype, edit: dict[str, Any]
+    n: int,
+    mask: str,
+    causal: bool,
+    dtype: torch.dtype,
+    edit: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    batch, heads, n = 2, 6, 37
+    """In one part, and with the keys in three."""
+    monkeypatch.setattr(kernel, "FEWEST_IN_PROMPT", 50)
+    batch, heads = 2, 6
+    assert kernel._splits(2 * batch * 2, n, True) == (1 if n == 37 else 3)
     q, k, v = tensors(batch, heads, n, 8, kv_heads=2, keys=n, dtype=dtype)
     columns = torch.tensor([0, 3, 9, 20, 21, 22, 36], dtype=torch.int32)
     flags = torch.ones(batch, 7, dtype=torch.uint8)
@@ -216,7 +226,7 @@ def test_rows_that_see_nothing_get_zeros() -> None:
     nothing = torch.zeros(1, 1, 1, 5, dtype=torch.bool)
     for edit in EDITS:
         out = edited_row(q, k, v, Edit(codes_of(1, 9), **edit), nothing, None)
-        assert (out == 0).all()
+        assert out is not None and (out == 0).all()
 
 
 @inside
@@ -261,13 +271,13 @@ def test_whole_models_take_it(
     model, inputs = VLMS[family].build(), VLMS[family].inputs((0, 1))
     made = attnctl.control(control, **{**CONTROLS[control], **options})
     runs: list[bool] = []
-    launch = kernel.edited_rows_triton
+    start = kernel.RowsCall.__call__
 
     def counted(*args: Any) -> None:
-        runs.append(args[5] is None)
-        launch(*args)
+        runs.append(args[6] is None)
+        start(*args)
 
-    monkeypatch.setattr(kernel, "edited_rows_triton", counted)
+    monkeypatch.setattr(kernel.RowsCall, "__call__", counted)
     stock = generate(model, inputs, 3)
     with attnctl.patch(model, made):
         found = generate(model, inputs, 3)
@@ -280,3 +290,28 @@ def test_whole_models_take_it(
     assert not runs
     torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-4)
     assert (plain - stock).abs().max() > 1e-3
+
+
+@inside
+@pytest.mark.parametrize("control", ["pai", "var"])
+def test_a_prompt_in_two_parts(control: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = VLMS["llava"].build(), VLMS["llava"].inputs((0, 1))
+    options = {**CONTROLS[control], **({"rows": "text"} if control == "pai" else {})}
+    ids, seen = inputs["input_ids"], inputs["attention_mask"]
+
+    @torch.no_grad()
+    def run() -> Tensor:
+        with attnctl.patch(model, attnctl.control(control, **options)):
+            first = model(**{**inputs, "input_ids": ids[:, :-3], "attention_mask": seen[:, :-3]})
+            cache = first.past_key_values
+            last = model(input_ids=ids[:, -3:], attention_mask=seen, past_key_values=cache)
+        return torch.cat([first.logits, last.logits], dim=1)
+
+    found = run()
+    monkeypatch.setattr("attnctl.processors.vlm.rows.rows_fit", lambda *_: False)
+    monkeypatch.setattr("attnctl.processors.vlm.sinks.codes_fit", lambda *_: False)
+    plain = run()
+    real = seen.bool()
+    torch.testing.assert_close(found[real], plain[real], rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        assert (plain - model(**inputs).logits)[real].abs().max() > 1e-3

@@ -261,6 +261,9 @@ def test_all_controls_at_once(name: str) -> None:
         "spacetime": {"layout": [(negative_of(pipe), (0.3, 0.5, 0.4))]},
     }
     mild |= {key: {"words": [[1], [2]], "scale": 0.3} for key in latent_controls()}
+    mild["initno"] |= {"rounds": 1, "round_steps": 1, "last_steps": 0}
+    if name in LINEAR:  # no self-attention map to keep apart
+        mild["initno"]["conflict"] = 0.0
     refused = {"nag"} if name == "mochi" else set()
     if "num_frames" not in zoo.FAMILIES[name].fixed:
         refused.add("radial")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -112,3 +113,17 @@ def test_version_is_the_project_version() -> None:
     import attnctl
 
     assert attnctl.__version__ == PROJECT["project"]["version"]
+
+
+def test_an_extra_brings_what_it_is_named_for() -> None:
+    """Who is told to install an extra must get the missing package by it."""
+    extras = PROJECT["project"]["optional-dependencies"]
+    named = set()
+    for top in FOLDERS:
+        for path in (ROOT / top).rglob("*.py"):
+            named |= set(re.findall(r'MissingExtra\("(\w+)", "(\w+)"', path.read_text()))
+    assert {extra for _, extra in named} == {"demo", "eval", "video"}
+    for package, extra in named:
+        brought = {re.split(r"[<>=;!]", one)[0].strip() for one in extras[extra]}
+        assert package.replace("_", "-") in brought, (package, extra)
+    assert len({package for package, extra in named if extra == "eval"}) == len(extras["eval"])

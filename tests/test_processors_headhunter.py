@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import math
@@ -16,15 +15,14 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 
 import attnctl
 from attnctl.assets import path
 from attnctl.assets.world import heldout_prompts
 from attnctl.errors import OptionError
 from attnctl.processors.headhunter import HeadHunter, HeadSet
-from attnctl.processors.headhunter.forecast import Enough, Forecast
-from attnctl.processors.headhunter.gradient import gradient
+from attnctl.processors.headhunter.gradient import brief, gradient
 from attnctl.processors.headhunter.greedy import greedy
 from attnctl.processors.headhunter.halving import RIDGES, effects, halving, short, stages
 from attnctl.processors.headhunter.headset import site_table_hash
@@ -117,7 +115,7 @@ def test_halving_finds_them_within_its_budget(noise: float) -> None:
     values = shuffled_values()
     spent: list[int] = []
     each = each_of(additive(values, noise), spent)
-    rounds = halving(each, HEADS, 2, 3, nothing, pictures=8, steps=10, budget=96)
+    rounds = halving(each, HEADS, 2, 3, nothing, plan=stages(24, 6, 96), pictures=8, steps=10)
     wanted = sorted(HEADS, key=lambda h: -values[h])
     assert set(rounds[0].chosen) == set(wanted[:3])
     assert set(rounds[1].chosen) == set(wanted[3:6])
@@ -136,7 +134,8 @@ def test_halving_is_not_led_astray_by_a_picture_that_falls_apart() -> None:
             row -= 5000.0 * (sum(7 * a + b for a, b in heads) % 17 == 0 and len(heads) > 0)
         return scores
 
-    (only,) = halving(each_of(broken, []), HEADS, 1, 6, nothing, pictures=8, steps=9, budget=240)
+    plan = stages(24, 6, 240)
+    (only,) = halving(each_of(broken, []), HEADS, 1, 6, nothing, plan=plan, pictures=8, steps=9)
     assert len(set(only.chosen) & set(wanted)) >= 5
 
 
@@ -171,17 +170,28 @@ def test_stages_halve_and_keep_their_budget(heads: int, keep: int, pictures: int
     assert (short(20), short(28), short(8), short(4)) == (10, 14, 6, 4)
 
 
-def test_gradient_lets_pictures_choose_the_window() -> None:
-    """The second window knows the best heads, the others mislead, all together do too."""
+def test_gradient_sees_harm_at_full_strength_and_bears_pictures_that_fall_apart() -> None:
+    """Three heads are steepest where they are not in the set, and harmful where they are."""
     values = shuffled_values()
-    wanted = sorted(HEADS, key=lambda h: -values[h])
-    right = torch.tensor([values[h] for h in HEADS], dtype=torch.float64) - 11.5
-    slopes = torch.stack([-right, 0.01 * right, -2 * right])
-    run = (additive(values), lambda heads: slopes, HEADS, 1, 2, nothing)
-    trusting = gradient(*run, every=HEADS, pictures=lambda r: 0)
-    comparing = gradient(*run, every=HEADS, pictures=lambda r: 2)
-    assert set(trusting[0].chosen) == set(wanted[-2:])
-    assert set(comparing[0].chosen) == set(wanted[:2])
+    order = sorted(HEADS, key=lambda h: -values[h])
+    wrong = order[:3]
+    spent: list[int] = []
+
+    def slopes(sets: Any, pictures: Any) -> torch.Tensor:
+        spent.append(len(sets))
+        rows = [
+            [-900.0 if h in wrong and h in heads else values[h] - 11.5 for h in HEADS]
+            for heads in sets
+        ]
+        found = torch.tensor(rows, dtype=torch.float64)
+        found[[i % 7 == 3 for i in range(len(rows))]] *= -1e5
+        return found
+
+    plan = stages(24, 4, 90)
+    found = gradient(slopes, HEADS, 2, 2, nothing, every=HEADS, plan=plan, pictures=6)
+    assert {h for one in found for h in one.chosen} == set(order[3:7])
+    assert [len(one.scores) for one in found] == [24, 22] and sum(spent) <= 90
+    assert (brief(20), brief(28), brief(5)) == (6, 9, 5)
 
 
 # -- head sets -----------------------------------------------------------------------------
@@ -341,6 +351,32 @@ def test_clip_scores_are_those_of_transformers(tmp_path: Path) -> None:
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
+def test_hps_scores_are_those_of_open_clip(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its checkpoint's form and open_clip's own code, a small model under the big one's name."""
+    open_clip = pytest.importorskip("open_clip")
+    small = {"layers": 1, "width": 16}
+    config = {
+        "embed_dim": 12,
+        "vision_cfg": {**small, "image_size": 224, "head_width": 8, "patch_size": 56},
+        "text_cfg": {**small, "context_length": 77, "vocab_size": 49408, "heads": 2},
+    }
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "ViT-H-14", config)
+    model = open_clip.create_model("ViT-H-14", pretrained=None).eval()
+    torch.save({"epoch": 1, "state_dict": model.state_dict()}, tmp_path / "hps.pt")
+    images = torch.rand(2, 3, 224, 224, generator=torch.Generator().manual_seed(1))
+    mean, std = (
+        torch.tensor(x)[:, None, None]
+        for x in (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
+    )
+    words = open_clip.get_tokenizer("ViT-H-14")(PROMPTS[:2])
+    with torch.no_grad():
+        seen, read = model((images - mean) / std, words)[:2]
+    found = objective(f"hpsv2:{tmp_path / 'hps.pt'}").score(images, PROMPTS[:2])
+    torch.testing.assert_close(found, 100 * (seen @ read.T).diagonal(), rtol=1e-4, atol=1e-4)
+
+
 # -- on tiny-sd3 ---------------------------------------------------------------------------
 
 
@@ -371,95 +407,41 @@ def test_every_row_gets_its_own_heads(pipe: Any) -> None:
     assert (together[0] - together[1]).abs().max() > 0.01
 
 
-def forecast(pipe: Any, prompts: list[str], **options: Any) -> Forecast:
-    shapes = {s.index: s.heads for s in trials(pipe).sites}
-    look = Forecast(attnctl.SoftPAG(scale=2.0), slopes_at=shapes, **options)
-    noise = [torch.Generator().manual_seed(i + 1) for i in range(len(prompts))]
-    with attnctl.patch(pipe, look), contextlib.suppress(Enough):
-        pipe(prompts, generator=noise, output_type="latent", **CALL)
-    return look
+@pytest.mark.parametrize("heads", [(), ((1, 3), (6, 0))])
+def test_slopes_are_those_of_finite_differences(pipe: Any, heads: Any) -> None:
+    """Through the whole run, on top of nothing and of a set."""
+    one = trials(pipe)
+    found = one.slopes([heads, ((0, 0),), heads], [0, 1, 2], 2)
+    assert found.shape == (3, 64) and one.forwards == 3 * 2 * 2 * 3
+    sites = one.sites
+    for head in ((1, 3), (4, 4)):
+        scores = []
+        for step in (0.01, -0.01):
+            u = strengths([heads] * 2, 0.7, sites)
+            site = next(s for s in sites if s.layer == head[0])
+            u.setdefault(site.index, torch.zeros(2, site.heads))[:, head[1]] += step
+            with attnctl.patch(pipe, RowStrengths(one.guidance, u)):
+                noise = [torch.Generator().manual_seed(i) for i in (3, 4)]
+                call = {**CALL, "num_inference_steps": 2, "output_type": "pt"}
+                drawn = pipe([PROMPTS[0], PROMPTS[2]], generator=noise, **call).images
+            scores.append(objective("redness").score(drawn.double(), ["", ""]).double())
+        wanted = (scores[0] - scores[1]) / 0.02
+        mine = found[[0, 2], one.pool.index(head)]
+        torch.testing.assert_close(mine, wanted, rtol=0.03, atol=2e-5)
+    assert all(p.requires_grad for p in pipe.transformer.parameters())
+    assert type(pipe) is StableDiffusion3Pipeline and not hasattr(pipe, "_attnctl")
 
 
-def test_slopes_are_those_of_finite_differences(pipe: Any) -> None:
-    """At the first step, where the run is the same whatever u is."""
-    sites = trials(pipe).sites
-    seen: list[float] = []
-
-    def judge(images: torch.Tensor) -> torch.Tensor:
-        scores = objective("redness").score(images, [])
-        seen.append(float(scores.detach().double().sum()))
-        return scores
-
-    for head in ((1, 3), (6, 0)):
-        tables = [strengths([[head]] * 2, u, sites) for u in (0.405, 0.395, 0.4)]
-        looks = [forecast(pipe, PROMPTS[:2], table=t, at=(0,), judge=judge) for t in tables]
-        up, down, look = *seen[-3:-1], looks[-1]
-        site = next(s.index for s in sites if s.layer == head[0])
-        slope = float(look.slopes[0][site][:, head[1]].sum())
-        assert float(up - down) / 0.01 == pytest.approx(slope, rel=0.03, abs=1e-5)
-
-
-def test_a_forecast_is_the_picture_of_the_guided_prediction(pipe: Any) -> None:
-    """Recomputed from the denoiser's own outputs, with the run guided before the look."""
-    sites = trials(pipe).sites
-    table = strengths([[(2, 1)]] * 2, 1.0, sites)
-    seen: list[torch.Tensor] = []
-
-    def judge(images: torch.Tensor) -> torch.Tensor:
-        seen.append(images.detach())
-        return images.mean((1, 2, 3))
-
-    forecast(pipe, PROMPTS[:2], table=table, at=(0, 1), judge=judge)
-    kept: dict[str, Any] = {}
-
-    class Peek(attnctl.Control):
-        name = "peek"
-
-        def denoise(self, call: Any) -> torch.Tensor:
-            if call.step.index == 1:
-                kept.update(inputs=dict(call.inputs), sigma=call.step.sigma)
-            return call.proceed()
-
-    guided = attnctl.SoftPAG(scale=2.0, u=1.0, heads=[(2, 1)])
-    noise = [torch.Generator().manual_seed(i + 1) for i in range(2)]
-    with attnctl.patch(pipe, Peek(), guided):
-        pipe(PROMPTS[:2], generator=noise, output_type="latent", **CALL)
-    inputs = kept["inputs"]
-    inputs["return_dict"] = False
-    with torch.no_grad():
-        cond = pipe.transformer(**inputs)[0]
-        with attnctl.patch(pipe.transformer, RowStrengths(attnctl.SoftPAG(scale=1.0), table)):
-            weak = 2 * cond - pipe.transformer(**inputs)[0]
-        clean = inputs["hidden_states"] - kept["sigma"] * (cond + 2.0 * (cond - weak))
-        config = pipe.vae.config
-        images = pipe.vae.decode(clean / config.scaling_factor + config.shift_factor).sample
-    assert (seen[1] - (images / 2 + 0.5).clamp(0, 1)).abs().max() < 1e-3
-
-
-def test_a_run_with_looks_draws_what_a_plain_one_draws(pipe: Any) -> None:
-    """Guided or not; it ends at the last look, here at a step that never comes."""
-    sites = trials(pipe).sites
-    table = strengths([[(2, 1)]], 1.0, sites)
-    for chosen, stack in (({}, []), (table, [attnctl.SoftPAG(scale=2.0, u=1.0, heads="L2H1")])):
-        shapes = {s.index: s.heads for s in sites}
-        look = Forecast(attnctl.SoftPAG(scale=2.0), chosen, at=(1, 99), slopes_at=shapes)
-        drawn = []
-        for controls in (stack, [look]):
-            with attnctl.patch(pipe, *controls) if controls else contextlib.nullcontext():
-                noise = torch.Generator().manual_seed(0)
-                drawn.append(pipe(PROMPTS[0], generator=noise, output_type="pt", **CALL).images)
-        assert (drawn[0] - drawn[1]).abs().max() < 1e-5 and len(look.slopes[1]) == 8
-    rows: list[int] = []
-    hook = pipe.transformer.pos_embed.register_forward_pre_hook(
-        lambda module, args: rows.append(len(args[0]))
-    )
+def test_checkpointing_gives_the_same_slopes_for_another_pass(pipe: Any) -> None:
+    plain, saving = trials(pipe), trials(pipe)
+    wanted = plain.slopes([((2, 1),)], [1], 2)
+    pipe.transformer.enable_gradient_checkpointing()
     try:
-        forecast(pipe, PROMPTS[:2], table=strengths([[(2, 1)]] * 2, 1.0, sites), at=(0, 1))
+        found = saving.slopes([((2, 1),)], [1], 2)
     finally:
-        hook.remove()
-    # step 0: the pass, the look, the guiding pass; step 1: the pass and the look
-    assert rows == [2] * 5 and sum(rows) == 2 * (trials(pipe).slope_cost(True, (0, 1)) - 4)
-    assert not hasattr(pipe, "_attnctl")
+        pipe.transformer.disable_gradient_checkpointing()
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+    assert saving.forwards == plain.forwards * 4 // 3
 
 
 def test_the_batch_does_not_matter(pipe: Any) -> None:
@@ -490,7 +472,7 @@ SEARCH: dict[str, Any] = {"rounds": 2, "top_k": 1, "pool": "L2H0-3", "batch": 3}
 def test_a_killed_search_goes_on_to_the_same_result(
     pipe: Any, strategy: Any, tmp_path: Path
 ) -> None:
-    budget, dies_at = {"greedy": (1, 3), "halving": (0.5, 3), "gradient": (1, 5)}[strategy]
+    budget, dies_at = {"greedy": (1, 3), "halving": (0.5, 3), "gradient": (1, 2)}[strategy]
 
     def hunter(judge: Any) -> HeadHunter:
         return HeadHunter(judge, attnctl.SoftPAG(scale=3.0), strategy, budget=budget, **SEARCH)
@@ -575,7 +557,7 @@ def test_a_plan_says_what_the_search_takes(pipe: Any, strategy: Any) -> None:
     found = hunter.search(pipe, PROMPTS, progress=False, **CALL)
     assert plan.greedy == (4 + 3) * 3 * 3 * 2
     assert found.forwards <= plan.forwards <= plan.greedy
-    assert found.forwards >= 0.7 * plan.forwards
+    assert found.forwards >= 0.5 * plan.forwards  # the same set on a picture is drawn once
     assert found.objective == "redness" and found.prompts == tuple(PROMPTS)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from attnctl.processors.analysis.token_maps import Key, common
 from attnctl.testing import oracles, zoo
 from attnctl.testing.calls import attention_call, joint_spans, tensors
 
+module = importlib.import_module("attnctl.processors.analysis.token_mass")
 WORDS = {"one": [1], "two": [0, 3]}
 UNKNOWN = ("latte",)  # which folds frames into the batch; its grid is not known
 FAMILIES = [name for name in zoo.FAMILIES if name != "zimage"]
@@ -73,6 +75,35 @@ def test_columns_in_low_precision_are_computed_in_float32(dtype: torch.dtype) ->
     got = token_mass(q, k, [[0, 4], [8]])
     assert got.dtype == torch.float32
     torch.testing.assert_close(got.double(), want, rtol=2e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_columns_as_attention_to_the_chosen_keys(
+    device: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The path of GPUs, whose kernel torch's other one stands for on a CPU."""
+    q, k, _ = tensors(batch=2, heads=3, tokens=133, keys=77, dim=40, dtype=dtype)
+    groups = [[3], [0, 7, 76], []]
+    want = explicit(q, k, groups, scale=0.4)
+    if device == "cpu":
+        monkeypatch.setattr(module, "_has_kernel", lambda q, k: True)
+        monkeypatch.setattr(
+            module, "_attention",
+            lambda q, k, v, scale: torch.nn.functional.scaled_dot_product_attention(
+                q, k, v.expand(*k.shape[:2], -1, -1), scale=scale
+            ),
+        )  # fmt: skip
+    got = token_mass(q.to(device), k.to(device), groups, None, 0.4)
+    assert got.dtype == torch.float32 and (got[:, :, 2] == 0).all()
+    error = torch.finfo(dtype).eps
+    torch.testing.assert_close(got.double().cpu(), want, rtol=4 * error, atol=error**2)
+    summed = token_mass(q.to(device), k.to(device), groups, None, 0.4, each_head=False)
+    torch.testing.assert_close(
+        summed.double().cpu(), want.sum(1, keepdim=True), rtol=4 * error, atol=error**2
+    )
+    if device == "cuda":
+        assert module._has_kernel(q.cuda(), k.cuda())
 
 
 class Largest(TorchDispatchMode):
@@ -395,7 +426,7 @@ def test_several_prompts_and_images() -> None:
         attnctl.heatmaps(pipe, prompts, ["red"], start=0.5, stop=0.5)
 
 
-def test_a_video_has_maps_by_frame() -> None:
+def test_a_video_has_maps_by_frame(tmp_path: Path) -> None:
     pipe = built("wan")
     call = zoo.FAMILIES["wan"].call(pipe) | {"output_type": "np"}
     with torch.no_grad():
@@ -403,3 +434,19 @@ def test_a_video_has_maps_by_frame() -> None:
     assert found["one"].shape == (2, 3, 4, 6)
     assert len(found.images) == 2 and len(found.images[0]) == 9
     assert found.overlay("two", sample=1, frame=2).size == (96, 64)
+    assert found.grid_frames == 3
+    # a frame of the video gets the nearest map, on the scale of the whole clip
+    for number, frame in ((0, 0), (1, 0), (4, 1), (8, 2)):
+        picture = found.images[1][number]
+        want = overlay(picture, found["two"][1][frame], bounds=limits(found["two"][1]))
+        assert found.over_frame("two", number, sample=1).tobytes() == want.tobytes()
+    alone = overlay(found.images[1][8], found["two"][1][2])
+    assert found.over_frame("two", 8, sample=1).tobytes() != alone.tobytes()
+    small = found.images[1][4].resize((24, 16))
+    assert found.over_frame("two", 4, 1, small).size == (24, 16)
+    names = {file.name for file in found.save(tmp_path)}
+    assert {"000-0-one-000.png", "001-1-two-002.png"} < names and len(names) == 1 + 2 * 2 * 3
+
+
+def limits(heat: Tensor) -> tuple[float, float]:
+    return float(heat.min()), float(heat.max())

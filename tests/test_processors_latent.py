@@ -223,6 +223,16 @@ def test_an_interrupt_in_the_gradient_pass_leaves_nothing_behind() -> None:
     assert not pipe.unet.is_gradient_checkpointing
 
 
+def test_the_modules_are_walked_through_once_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A walk takes as long as many layers; nothing of it changes from step to step."""
+    pipe = build("sd1")
+    asked: list[Any] = []
+    monkeypatch.setattr(engine, "_may_end", lambda call: not asked.append(call))
+    with attnctl.patch(pipe, attnctl.AStar(WORDS, scale=1.0)):
+        zoo.run(pipe, steps=4)
+    assert len(asked) == 1
+
+
 @pytest.mark.parametrize("name", ["sd1", "sd3"])
 def test_checkpointing_and_ending_early_change_nothing(
     name: str, monkeypatch: pytest.MonkeyPatch

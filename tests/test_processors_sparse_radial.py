@@ -184,6 +184,15 @@ def test_the_largest_mask_takes_milliseconds_and_equal_arguments_share_one():
     assert radial_block_mask(128, 3600, 0.9, "hunyuan") is not first
 
 
+def test_rows_of_one_strip_are_taken_together_through_all_frames():
+    mask = radial_block_mask(5, 2048 + 64, 0.5, before=256, after=100)
+    order = mask.order.tolist()
+    assert sorted(order) == list(range(86)) and order[:4] == [0, 1, 84, 85]  # text first
+    middle = [128 * row + 64 - 256 for row in order[4:]]
+    places = [(at % 2112 // 1024, at // 2112, at) for at in middle]
+    assert places == sorted(places)
+
+
 def timed(run: Any) -> float:
     start = time.process_time()
     run()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,8 @@ import attnctl
 import attnctl.assets
 from attnctl.assets.world.evaluation import album
 from attnctl.processors.vlm.carve_maps import box_of, contrast, flat, fused, refine, regions
-from attnctl.processors.vlm.carving import ImageAttention, grid_of
-from attnctl.testing.vlms import VLMS, generate
+from attnctl.processors.vlm.carving import ImageAttention, grids_of
+from attnctl.testing.vlms import VLMS, FamilyUnavailable, generate
 
 
 def planted(blocks: list[tuple[int, int, int, int]], grid: tuple[int, int]) -> list[Tensor]:
@@ -143,7 +144,7 @@ def test_the_probe_equals_eager_attention_and_changes_nothing(name: str) -> None
     probe = ImageAttention((1, 2))
     with attnctl.patch(model, probe):
         assert torch.equal(generate(model, inputs, 3), before)
-    maps = probe.maps(grid_of(model, inputs))
+    (maps,) = probe.maps(grids_of(model, inputs))
     assert maps.shape[:2] == (3, 2)
     wanted = eager_rows(name, inputs, range(1, 3))
     torch.testing.assert_close(maps[0].flatten(1), wanted, rtol=1e-4, atol=1e-6)
@@ -161,7 +162,7 @@ def test_image_tokens_that_are_no_grid_are_refused() -> None:
     for name, images in (("llava", 2), ("llava-next", 1), ("instructblip", 1)):
         model = VLMS[name].build()
         with pytest.raises(attnctl.HostError, match="not one square grid"):
-            grid_of(model, VLMS[name].inputs((0,), images=images))
+            grids_of(model, VLMS[name].inputs((0,), images=images))
 
 
 @functools.cache
@@ -211,6 +212,66 @@ def test_general_maps_are_made_once_a_picture() -> None:
     assert len(carver.known) == 2
 
 
+@pytest.mark.parametrize("options", [
+    {"steps": "full", "inputs": "both", "form": "crop", "p": 0.1, "regions": 1},
+    {"steps": "start", "p": 0.3},
+])  # fmt: skip
+def test_a_batch_gives_what_single_questions_give(options: dict[str, Any]) -> None:
+    """Answers of different lengths, a picture that comes twice, and one that points nowhere."""
+    model, processor = teller()
+    one, two, three = (photo.image for photo in album(3))
+    name = album(1)[0].items[0].name
+    asked = [
+        (one, f"Is there a {name} in the image?"), (two, "Describe the image."),
+        (three, "Write a general description of the image."), (one, "What color is the square?"),
+    ]  # fmt: skip
+    together = attnctl.Carver(model, processor, max_new_tokens=12, **options)
+    found = together.many(*zip(*asked, strict=True))
+    assert len(together.known) == 3 and found[2].mask is None
+    assert together.many([], []) == []
+    for got, (image, question) in zip(found, asked, strict=True):
+        want = attnctl.Carver(model, processor, max_new_tokens=12, **options)(image, question)
+        assert (got.answer, got.before, got.box) == (want.answer, want.before, want.box)
+        assert got.ended == want.ended and (got.mask is None) == (want.mask is None)
+        np.testing.assert_allclose(got.map, want.map, rtol=1e-3)
+    assert len({one.ended for one in found}) == 2
+
+
+def test_pictures_of_different_grids_in_one_batch() -> None:
+    try:
+        model = VLMS["qwen2.5-vl"].build()
+    except FamilyUnavailable as error:
+        pytest.skip(str(error))
+    grids, words = [(4, 4), (4, 8)], [[1, 20], [1, 21, 22, 23]]
+    pixels = [torch.randn(h * w, 96, generator=torch.Generator().manual_seed(w)) for h, w in grids]
+
+    def inputs(*samples: int) -> dict[str, Any]:
+        prompts = [
+            [*words[i], 11, *[10] * (grids[i][0] * grids[i][1] // 4), 12, 30] for i in samples
+        ]
+        most = max(map(len, prompts))
+        ids = torch.tensor([[0] * (most - len(one)) + one for one in prompts])
+        return {
+            "input_ids": ids, "attention_mask": (ids != 0).long(),
+            "mm_token_type_ids": (ids == 10).long(),
+            "pixel_values": torch.cat([pixels[i] for i in samples]),
+            "image_grid_thw": torch.tensor([[1, *grids[i]] for i in samples]),
+        }  # fmt: skip
+
+    def maps(*samples: int) -> list[Tensor]:
+        given, probe = inputs(*samples), ImageAttention((1, 2))
+        known = inspect.signature(type(model).forward).parameters
+        given = {k: v for k, v in given.items() if k in known}
+        with attnctl.patch(model, probe):
+            generate(model, given, 2)
+        return probe.maps(grids_of(model, given))
+
+    found = maps(0, 1)
+    assert [tuple(one.shape) for one in found] == [(2, 2, 2, 2), (2, 2, 2, 4)]
+    for sample in (0, 1):
+        torch.testing.assert_close(found[sample], maps(sample)[0], rtol=1e-3, atol=1e-6)
+
+
 def test_controls_in_the_model_take_part() -> None:
     model, processor = teller()
     photo = album(1)[0]
@@ -228,7 +289,7 @@ def test_the_probe_sees_the_rows_that_a_control_computes_anew() -> None:
         for probe, alpha in zip(probes, (0.0, 5.0), strict=True):
             with attnctl.patch(model, attnctl.PAI(alpha=alpha, first_layer=1), probe):
                 model(**inputs)
-    plain, raised = (probe.maps(grid_of(model, inputs))[0].sum((1, 2)) for probe in probes)
+    plain, raised = (probe.maps(grids_of(model, inputs))[0][0].sum((1, 2)) for probe in probes)
     torch.testing.assert_close(raised[0], plain[0])
     assert (raised[1:] - plain[1:]).abs().min() > 1e-3
 

@@ -20,8 +20,9 @@ from attnctl.apps.cli import app
 from attnctl.assets.train.measure_llava import Teller
 from attnctl.assets.world.evaluation import album
 from attnctl.assets.world.pope import pope
+from attnctl.hosts.vlm_discover import decoder_of
 from attnctl.testing.vlms import VLMS, generate
-from attnctl.testing.vlms.planted import Planting, planted
+from attnctl.testing.vlms.planted import Planting, planted, quiet_dims
 
 PLANT = Planting()
 
@@ -171,16 +172,26 @@ def test_random_tokens_are_as_many_image_tokens(teller: Teller, inputs: dict[str
     assert other_tokens(attnctl.SoftPAG(), attnctl.sites(model), seed=1) is None
 
 
+def test_quiet_dimensions_are_those_that_values_read_least(teller: Teller) -> None:
+    found, layers = quiet_dims(teller.model), decoder_of(teller.model).layers
+    x = torch.zeros(192, 192).fill_diagonal_(200.0)  # a spike in each dimension
+    with torch.no_grad():
+        made = [layer.self_attn.v_proj(layer.input_layernorm(x)).norm(dim=1) for layer in layers]
+    loud = torch.stack(made[1:]).amax(0)
+    assert set(found) == set(loud.argsort()[:2].tolist()) and len(found) == 2
+
+
 def test_the_bench_runs_and_its_table_is_of_its_figures(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import json
 
     out = tmp_path / "planted.json"
-    planted_main(["--n", "4", "--out", str(out)])
+    planted_main(["--n", "4", "--quiet", "--var", "p_moved=1,image_mass=0.5", "--out", str(out)])
     data = json.loads(out.read_text())
     assert capsys.readouterr().out.strip() == table(data["arms"])
     assert data["n"] == 4 and set(data["arms"]) > {"stock", "planted", "VAR"}
+    assert "VAR, p_moved=1,image_mass=0.5" in data["arms"]
     assert data["arms"]["planted"]["to_planted"]["value"] == 0
 
 

@@ -2,7 +2,8 @@
 
 Each backend first passes a gate: some of its rows against float64, beside what stock attention
 makes of the same rows in the same number type, and three runs equal bit for bit. Then all that
-passed are timed in turn, and compared by their medians with dense attention of the same run.
+passed are timed in turn, each among calls of its own kind, and compared by their medians with
+dense attention of the same run.
 """
 
 from __future__ import annotations
@@ -28,12 +29,16 @@ from attnctl.apps.tables import paragraph, table, terminal_width
 from attnctl.errors import OptionError
 from attnctl.kernels import BlockMask, block_sparse_attention, block_sparse_backend
 from attnctl.kernels.block_sparse.api import BACKENDS
+from attnctl.processors.sparse.radial_mask import forget_masks
 
 from .attention_cases import CASES, GROUPS, Case
 from .command import output_base
 from .curves import Curve, Panel, curves
 
-__all__ = ["DENSE", "Row", "bench_attention", "device_named", "fast_dense", "measure", "timed"]
+__all__ = [
+    "DENSE", "Row", "bench_attention", "device_named", "fast_dense", "inputs", "measure", "passes",
+    "steady", "timed",
+]  # fmt: skip
 
 Say = Callable[[str], None]
 Run = Callable[[], tuple[Tensor, Tensor | None]]
@@ -44,6 +49,12 @@ _ALLOWED = 2.0
 _LSE = 1e-3
 """Largest error of a log-sum-exp that passes."""
 _SAMPLE_ROWS = 3
+_MASK_ROUNDS = 9
+_LEAD_MS = 150.0
+"""How long a backend runs before a call is timed. A GPU sets its clock by the power of what ran
+last: right after another, a backend would be timed at the other's clock."""
+_LONG_MS = 50.0
+"""From here on a launch does not matter."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +71,7 @@ class Row:
         speedup: dense time over this time.
         error: largest error over that of stock attention, None for dense.
         first_s: seconds of the first call, compilation included.
+        memory_mib: GPU memory of a call beyond its inputs: output, log-sum-exp, work space.
         why_not: why it was not timed.
     """
 
@@ -72,6 +84,7 @@ class Row:
     speedup: float | None = None
     error: float | None = None
     first_s: float | None = None
+    memory_mib: float | None = None
     why_not: str | None = None
 
 
@@ -85,6 +98,7 @@ def bench_attention(
     out: Path | None,
     overwrite: bool,
     say: Say,
+    zeros: bool = False,
 ) -> None:
     """Run the bench, print the table, write the JSON file and the picture.
 
@@ -97,6 +111,8 @@ def bench_attention(
         out: folder, or base name without suffix; None for the next free default name.
         overwrite: whether files of that name may be replaced.
         say: is given notes for the user.
+        zeros: whether queries, keys and values are zeros, which cost a GPU little power: what
+            the kernels could do if power did not bound them.
 
     Raises:
         AttnctlError: if something in the order cannot be done; told before anything slow.
@@ -109,11 +125,14 @@ def bench_attention(
     rows = []
     for case in chosen:
         say(f"{case.name} ...")
-        rows += measure(case, backends, rounds=rounds, dtype=kind, device=where)
+        rows += measure(case, backends, rounds=rounds, dtype=kind, device=where, zeros=zeros)
     name = torch.cuda.get_device_name(where) if where.type == "cuda" else "CPU"
     head = f"{name}, {str(kind).removeprefix('torch.')}, medians of {rounds}"
+    head += ", inputs of zeros" if zeros else ""
     print(_report(head, rows))
-    print(f"\nwrote {' and '.join(_write(base, head, rows))}")
+    masks = [_mask_cost(case) for case in chosen]
+    print(f"\n{_masks_table(masks)}")
+    print(f"\nwrote {' and '.join(_write(base, head, rows, masks))}")
 
 
 def measure(
@@ -123,6 +142,7 @@ def measure(
     rounds: int = 5,
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cuda",
+    zeros: bool = False,
 ) -> list[Row]:
     """Return what each backend makes of a case, dense first.
 
@@ -132,12 +152,15 @@ def measure(
         rounds: timings of each backend.
         dtype: of queries, keys and values.
         device: where.
+        zeros: whether the inputs are zeros.
     """
     mask = case.mask().to(device)
-    q, k, v = _inputs(case, mask, dtype, device)
+    q, k, v = inputs(case, mask, dtype, device)
+    if zeros:
+        q, k, v = (torch.zeros_like(x) for x in (q, k, v))
     blank = Row(case.name, DENSE, mask.nq, mask.density)
     runs: dict[str, Run] = {DENSE: lambda: (_dense(q, k, v), None)}
-    found = {DENSE: _first(runs[DENSE], blank)}
+    found = {DENSE: _with(_first(runs[DENSE], blank), memory_mib=_memory(runs[DENSE], q.device))}
     eager = torch.device(device).type == "cpu"
     for name in backends or [n for n in BACKENDS if not (eager and n == "flex")]:
         row = Row(case.name, name, mask.nq, mask.density)
@@ -163,9 +186,10 @@ def _runner(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, name: str) -> Run:
     return run
 
 
-def _inputs(
+def inputs(
     case: Case, mask: BlockMask, dtype: torch.dtype, device: torch.device | str
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Return random queries, keys and values of a case."""
     generator = torch.Generator(device).manual_seed(0)
     shape = (1, case.heads, mask.nq, case.width)
     q, k, v = (
@@ -200,23 +224,38 @@ def _first(run: Run, row: Row) -> Row:
     try:
         run()
         _wait()
-    except RuntimeError as error:  # out of memory, a kernel that does not fit
-        return _with(row, why_not=f"{type(error).__name__}: {str(error).splitlines()[0]}")
+    except Exception as error:  # out of memory, or whatever a backend's own compiler raises
+        line = (str(error).splitlines() or [""])[0]
+        return _with(row, why_not=f"{type(error).__name__}: {line}")
     return _with(row, first_s=time.perf_counter() - start)
+
+
+def _memory(run: Run, device: torch.device) -> float | None:
+    """Return the most memory of a call beyond what was there, in MiB; None where not counted."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
 def _gate(run: Run, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, row: Row) -> Row:
     """Return the row with its error, or why the backend is not timed."""
     if row.why_not is not None:
         return row
+    error, why = passes(run, q, k, v, mask)
+    return _with(row, error=error, memory_mib=_memory(run, q.device), why_not=why)
+
+
+def passes(run: Run, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> tuple[float, str | None]:
+    """Return the error over that of stock attention, and why a backend is not timed, or None."""
     out, lse = run()
     error = _error(out, lse, q, k, v, mask)
-    row = _with(row, error=error)
     if not error <= _ALLOWED:  # NaN fails too
-        return _with(row, why_not=f"wrong: {error:.1f} times the error of stock attention")
-    if not all(torch.equal(out, run()[0]) for _ in range(2)):
-        return _with(row, why_not="its runs differ")
-    return row
+        return error, f"wrong: {error:.1f} times the error of stock attention"
+    same = all(torch.equal(out, run()[0]) for _ in range(2))
+    return error, None if same else "its runs differ"
 
 
 def _error(
@@ -238,19 +277,44 @@ def _errors(
 ) -> tuple[float, float]:  # fmt: skip
     """Return the largest errors of a row of blocks: the backend's and stock attention's."""
     at = slice(r * mask.block, min((r + 1) * mask.block, mask.nq))
-    columns = mask.lists.idx[mask.lists.row(0, 0, r)]
-    tokens = columns[:, None] * mask.block + torch.arange(mask.block, device=q.device)
-    tokens = tokens[tokens < mask.nk]
-    if not len(tokens):
-        return (math.inf if bool((out[:, h, at] != 0).any()) else 0.0), 0.0
-    rows, keys, values = q[:, h, at], k[:, h, tokens], v[:, h, tokens]
+    tokens, allowed = _kept(mask, r)
+    some = allowed.any(-1)
+    empty = out[:, h, at][:, ~some]
+    if bool((empty != 0).any()):  # NaN too
+        return math.inf, 0.0
+    if not bool(some.any()):
+        return 0.0, 0.0
+    rows, keys, values, allowed = (
+        q[:, h, at][:, some],
+        k[:, h, tokens],
+        v[:, h, tokens],
+        allowed[some],
+    )
     logits = rows.double() @ keys.double().mT * q.shape[-1] ** -0.5
+    logits = logits.masked_fill(~allowed, -math.inf)
     want = torch.softmax(logits, -1) @ values.double()
-    stock = functional.scaled_dot_product_attention(rows[:, None], keys[:, None], values[:, None])
-    ours, theirs = _worst(out[:, h, at], want), _worst(stock[:, 0], want)
-    if lse is not None and not _worst(lse[:, h, at], torch.logsumexp(logits, -1)) < _LSE:
+    stock = functional.scaled_dot_product_attention(
+        rows[:, None], keys[:, None], values[:, None], None if bool(allowed.all()) else allowed
+    )
+    ours, theirs = _worst(out[:, h, at][:, some], want), _worst(stock[:, 0], want)
+    want_lse = torch.logsumexp(logits, -1)
+    if lse is not None and not _worst(lse[:, h, at][:, some], want_lse) < _LSE:
         ours = math.inf
     return ours, theirs
+
+
+def _kept(mask: BlockMask, r: int) -> tuple[Tensor, Tensor]:
+    """Return the keys of a row of blocks [n], and which of them each query keeps [rows, n]."""
+    full, part = mask.lists.row(0, 0, r), mask.parts.row(0, 0, r)
+    columns = torch.cat([mask.lists.idx[full], mask.parts.idx[part]]).long()
+    tiles = mask.tiles(mask.part_bits[part])
+    whole = tiles.new_ones(len(columns) - len(tiles), mask.block, mask.block)
+    allowed = torch.cat([whole, tiles]).transpose(0, 1).flatten(1)
+    tokens = (
+        columns[:, None] * mask.block + torch.arange(mask.block, device=mask.device)
+    ).flatten()
+    inside = tokens < mask.nk
+    return tokens[inside], allowed[: mask.nq - r * mask.block, inside]
 
 
 def _worst(got: Tensor, want: Tensor) -> float:
@@ -265,8 +329,20 @@ def _times(runs: dict[str, Run], rounds: int, device: torch.device) -> dict[str,
     spent: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
-            spent[name].append(timed(run, device))
+            spent[name].append(steady(run, device))
     return {name: statistics.median(times) for name, times in spent.items()}
+
+
+def steady(run: Callable[[], Any], device: torch.device) -> float:
+    """Return the milliseconds of one call among others of its kind."""
+    if device.type == "cuda":
+        passed = last = 0.0
+        while passed < _LEAD_MS:
+            last = timed(run, device)
+            passed += last
+        if last < _LONG_MS:
+            run()  # hides the launch of the one that is timed, as in a model
+    return timed(run, device)
 
 
 def timed(run: Callable[[], Any], device: torch.device) -> float:
@@ -299,6 +375,47 @@ def _rated(row: Row, case: Case, mask: BlockMask, times: dict[str, float]) -> Ro
 
 def _with(row: Row, **changes: Any) -> Row:
     return Row(**{**asdict(row), **changes})
+
+
+# -- the masks -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MaskCost:
+    """What the mask of a case costs on one CPU core.
+
+    Args:
+        case: name of the case.
+        blocks: its side in blocks.
+        cold_ms: milliseconds to build it with nothing remembered.
+        warm_ms: milliseconds to have it again.
+        kib: its lists.
+    """
+
+    case: str
+    blocks: int
+    cold_ms: float
+    warm_ms: float
+    kib: float
+
+
+def _mask_cost(case: Case) -> MaskCost:
+    cold, warm = [], []
+    for _ in range(_MASK_ROUNDS):
+        forget_masks()
+        cold.append(timed(case.mask, torch.device("cpu")))
+        warm.append(timed(case.mask, torch.device("cpu")))
+    mask = case.mask()
+    lists = mask.lists.ptr, mask.lists.idx, mask.order
+    kib = sum(x.nbytes for x in lists if x is not None) / 2**10
+    return MaskCost(case.name, mask.rows, statistics.median(cold), statistics.median(warm), kib)
+
+
+def _masks_table(masks: Sequence[MaskCost]) -> str:
+    cells = [
+        (m.case, m.blocks, f"{m.cold_ms:.1f}", f"{m.warm_ms:.3f}", f"{m.kib:.0f}") for m in masks
+    ]
+    return table(("mask", "blocks", "built, ms", "again, ms", "KiB"), cells, None, " rrrr")
 
 
 # -- the report ----------------------------------------------------------------------------
@@ -342,12 +459,15 @@ def _slopes(rows: Sequence[Row]) -> dict[str, float]:
     return out
 
 
-def _write(base: Path, head: str, rows: Sequence[Row]) -> tuple[str, str]:
+def _write(
+    base: Path, head: str, rows: Sequence[Row], masks: Sequence[MaskCost]
+) -> tuple[str, str]:
     data = {
         "bench": "attention",
         "machine": head,
         "versions": versions(),
         "rows": [asdict(row) for row in rows],
+        "masks": [asdict(mask) for mask in masks],
         "slopes": _slopes([row for row in rows if row.ms is not None]),
     }
     json_file, png = base.with_name(f"{base.name}.json"), base.with_name(f"{base.name}.png")
@@ -361,14 +481,12 @@ def _picture(head: str, rows: Sequence[Row]) -> Any:
     names = list(dict.fromkeys(row.backend for row in timed))
 
     def panel(title: str, of: Callable[[Row], float], group: str) -> Panel:
+        # lines where nothing but this axis changes; without such cases, all as dots
+        along = [r for r in timed if r.case in GROUPS[group]]
         lines = []
         for name in names:
-            for joined in (False, True):  # lines where nothing but this axis changes
-                mine = [
-                    r for r in timed if r.backend == name and joined == (r.case in GROUPS[group])
-                ]
-                points = [(of(r), r.ms or 0.0) for r in mine]
-                lines += [Curve(name, points, joined)] if points else []
+            points = [(of(r), r.ms or 0.0) for r in along or timed if r.backend == name]
+            lines += [Curve(name, points, bool(along))] if points else []
         return Panel(title, "ms", lines)
 
     panels = [

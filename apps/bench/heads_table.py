@@ -1,10 +1,12 @@
-"""The table of the HeadHunter page: searched heads on tiny-sd3 against random ones and layers.
+"""The tables of the HeadHunter page: searched heads on tiny-sd3 against random ones and layers.
 
-    python -m attnctl.apps.bench.heads_table --out tables
+    python -m attnctl.apps.bench.heads_table --n 500 --out tables
+    python -m attnctl.apps.bench.heads_table --sweep --n 500 --out tables
 
-Searches with each strategy from several seeds, then scores every set found, as many random sets
-of the same size, every full layer and all heads on held-out prompts and other seeds. Minutes on
-a GPU, a day on a CPU.
+The first searches with each strategy from several seeds, then scores every set found, as many
+random sets of the same size, every full layer and all heads on held-out prompts and other seeds.
+`--only` takes one of the settings, so that they can run beside each other. The second scores the
+shipped redness set at several strengths u. Minutes on a GPU, a day on a CPU.
 """
 
 from __future__ import annotations
@@ -12,23 +14,26 @@ from __future__ import annotations
 import argparse
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 import attnctl
 from attnctl.apps.models import load
 from attnctl.assets.world import heldout_prompts, trained_prompts
 from attnctl.processors.headhunter import HeadHunter
-from attnctl.processors.headhunter.headset import Head
+from attnctl.processors.headhunter.headset import Head, HeadSet
 from attnctl.processors.headhunter.objective import objective
 from attnctl.processors.headhunter.trials import Trials
 
-from .statistics import paired_interval
+from .statistics import Interval, mean_interval
 
 SETTINGS = (("redness", 3.0), ("world", 1.0), ("world", 3.0))
+STRATEGIES = ("greedy", "gradient", "halving")
 CALL: dict[str, Any] = {
     "num_inference_steps": 20,
     "guidance_scale": 1.0,
@@ -36,25 +41,39 @@ CALL: dict[str, Any] = {
 }
 SEARCH_SEEDS = (0, 1000, 2000)
 RANDOM = 6
+STRENGTHS = (0.25, 0.5, 0.75, 1.0)
 FAR = 50_000
 """Seed of the first scored picture, away from those of the searches."""
+PART = 0.95
+"""Of greedy's gain, what the cheap strategies are asked for."""
 
 Sets = dict[str, tuple[Head, ...]]
+Facts = dict[str, Any]
 
 
-def searched(pipe: Any, name: str, scale: float, rounds: int, top_k: int, batch: int) -> Sets:
-    """Sets found by every strategy from every seed, by "strategy seed"."""
+def setting_name(name: str, scale: float) -> str:
+    """Return what a setting is called in files and on the command line."""
+    return f"{name}:{scale:g}"
+
+
+def searched(pipe: Any, name: str, scale: float, given: argparse.Namespace) -> tuple[Sets, Facts]:
+    """Return the sets found by every strategy from every seed, and what each search took."""
     prompts = trained_prompts(20, 2, seed=11)
-    found: Sets = {}
-    for strategy in ("greedy", "gradient", "halving"):
+    sets: Sets = {}
+    forwards: Facts = {}
+    for strategy in given.strategies.split(","):
         for seed in SEARCH_SEEDS:
             guidance = attnctl.SoftPAG(scale=scale, u=1.0)
-            hunter = HeadHunter(name, guidance, strategy, rounds, top_k, batch=batch)
+            hunter = HeadHunter(
+                name, guidance, strategy, given.rounds, given.top_k, budget=given.budget,
+                batch=given.batch,
+            )  # fmt: skip
             seeds = range(seed, seed + len(prompts))
-            made = hunter.search(pipe, prompts, seeds=seeds, **CALL)
-            found[f"{strategy} {seed}"] = made.heads
-            print(name, scale, strategy, seed, made.forwards, made.heads, flush=True)
-    return found
+            made = hunter.search(pipe, prompts, seeds=seeds, progress=False, **CALL)
+            key = f"{strategy} {seed}"
+            sets[key], forwards[key] = made.heads, made.forwards
+            print(name, scale, key, made.forwards, made.heads, flush=True)
+    return sets, forwards
 
 
 def others(pool: list[Head], size: int) -> Iterator[tuple[str, tuple[Head, ...]]]:
@@ -67,31 +86,74 @@ def others(pool: list[Head], size: int) -> Iterator[tuple[str, tuple[Head, ...]]
     yield "all", tuple(pool)
 
 
-def gains(pipe: Any, name: str, scale: float, sets: Sets, n: int, batch: int) -> dict[str, Any]:
-    """Objective minus stock's per picture ``[n]``, by set."""
+def trials(pipe: Any, name: str, scale: float, u: float, n: int, batch: int) -> Trials:
+    """Return what draws and scores n held-out pictures."""
+    guidance = attnctl.SoftPAG(scale=scale, u=u)
     prompts = heldout_prompts(n, 2, seed=77)
-    guidance = attnctl.SoftPAG(scale=scale, u=1.0)
-    trials = Trials(
-        pipe, guidance, objective(name), prompts, range(FAR, FAR + n), batch, dict(CALL)
-    )
-    scores = trials.score([(), *sets.values()]).numpy()
-    return dict(zip(sets, scores[1:] - scores[0], strict=True))
+    return Trials(pipe, guidance, objective(name), prompts, range(FAR, FAR + n), batch, dict(CALL))
 
 
-def rows(found: dict[str, np.ndarray]) -> Iterator[tuple[str, str]]:
-    """Mean gain with its interval: of the searches of a strategy, random sets, best layer, all."""
-    for kind in ("greedy", "gradient", "halving", "random"):
-        group = [gain for name, gain in found.items() if name.startswith(kind)]
-        yield kind, _interval(np.mean(group, axis=0))
-    layers = {name: gain for name, gain in found.items() if name.startswith("layer")}
-    best = max(layers, key=lambda name: float(layers[name].mean()))
-    yield f"best layer ({best.split()[1]})", _interval(layers[best])
-    yield "all heads", _interval(found["all"])
+def gains(judge: Trials, sets: Sequence[tuple[Head, ...]]) -> np.ndarray:
+    """Return the objective minus stock's per set and picture ``[C, n]``."""
+    scores: np.ndarray = judge.score([(), *sets]).numpy()
+    return scores[1:] - scores[0]
 
 
-def _interval(gain: np.ndarray) -> str:
-    found = paired_interval(gain, np.zeros_like(gain))
-    return f"{found.value:+.4f} [{found.low:+.4f}, {found.high:+.4f}]"
+def rows(found: dict[str, np.ndarray]) -> Iterator[Facts]:
+    """Gain by kind: the mean over the searches of a strategy, over random sets, best layer, all.
+
+    With greedy among them, also each strategy's gain less 95 % of greedy's, picture by picture.
+    """
+    kinds: dict[str, list[np.ndarray]] = {}
+    for name, gain in found.items():
+        kinds.setdefault(name.split()[0], []).append(gain)
+    if "layer" in kinds:
+        best = max(range(len(kinds["layer"])), key=lambda i: float(kinds["layer"][i].mean()))
+        kinds[f"best layer ({best})"] = [kinds.pop("layer")[best]]
+    greedy = np.mean(kinds["greedy"], axis=0) if "greedy" in kinds else None
+    for kind, group in kinds.items():
+        mean = np.mean(group, axis=0)
+        row: Facts = {"kind": kind, "gain": told(mean_interval(mean))}
+        row["each"] = [round(float(gain.mean()), 5) for gain in group]
+        if greedy is not None and kind in STRATEGIES[1:]:
+            row["of greedy"] = round(float(mean.mean() / greedy.mean()), 3)
+            row["less 95 % of greedy"] = told(mean_interval(mean - PART * greedy))
+        yield row
+
+
+def told(found: Interval) -> list[float]:
+    """Return value, low and high, rounded for a file."""
+    return [round(x, 5) for x in (found.value, found.low, found.high)]
+
+
+def table(pipe: Any, name: str, scale: float, given: argparse.Namespace) -> Facts:
+    """Search and score one setting."""
+    sets, forwards = searched(pipe, name, scale, given)
+    judge = trials(pipe, name, scale, 1.0, given.n, given.batch)
+    if not given.searched_only:
+        sets |= dict(others(judge.pool, given.rounds * given.top_k))
+    found = dict(zip(sets, gains(judge, list(sets.values())), strict=True))
+    made = list(rows(found))
+    for row in made:
+        print(f"| {name}, w = {scale:g} | {json.dumps(row)[1:-1]} |", flush=True)
+    written = {key: " ".join(f"L{a}H{b}" for a, b in heads) for key, heads in sets.items()}
+    return {"rows": made, "forwards": forwards, "sets": written}
+
+
+def sweep(pipe: Any, n: int, batch: int) -> list[Facts]:
+    """Gain in redness of the shipped set by strength u, and what each u adds to the one before."""
+    folder = Path(str(resources.files("attnctl.presets")))
+    heads = HeadSet.load(folder / "heads" / "tiny-sd3-redness.json").heads
+    stock = trials(pipe, "redness", 3.0, 1.0, n, batch).score([()]).numpy()[0]
+    found: list[Facts] = []
+    before = np.zeros(n)
+    for u in STRENGTHS:
+        gain = trials(pipe, "redness", 3.0, u, n, batch).score([heads]).numpy()[0] - stock
+        step = told(mean_interval(gain - before))
+        found.append({"u": u, "gain": told(mean_interval(gain)), "over the last": step})
+        print(json.dumps(found[-1]), flush=True)
+        before = gain
+    return found
 
 
 def main() -> None:
@@ -101,23 +163,31 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--top-k", type=int, default=4)
     parser.add_argument("--batch", type=int, default=640)
+    parser.add_argument("--budget", type=float, default=0.05)
+    parser.add_argument("--strategies", default=",".join(STRATEGIES))
+    known = [setting_name(*one) for one in SETTINGS]
+    parser.add_argument("--only", choices=known, action="append")
+    parser.add_argument("--searched-only", action="store_true", help="no random sets, no layers")
+    parser.add_argument("--sweep", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("."))
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     pipe = load("tiny-sd3", dtype="float32")
     pipe.set_progress_bar_config(disable=True)
-    data: dict[str, Any] = {}
+    facts = {k: getattr(given, k) for k in ("n", "rounds", "top_k", "budget")}
+    data: Facts = {**facts, "device": str(pipe.device), "torch": torch.__version__}
+    if torch.cuda.is_available():
+        data["device"] = torch.cuda.get_device_name()
+    if given.sweep:
+        data["sweep"] = sweep(pipe, given.n, given.batch)
+        (given.out / "heads-sweep.json").write_text(json.dumps(data, indent=1) + "\n")
+        return
     for name, scale in SETTINGS:
-        sets = searched(pipe, name, scale, given.rounds, given.top_k, given.batch)
-        pool = Trials(pipe, attnctl.SoftPAG(), objective(name), [""], [0], call=dict(CALL)).pool
-        sets |= dict(others(pool, given.rounds * given.top_k))
-        found = gains(pipe, name, scale, sets, given.n, given.batch)
-        data[f"{name}, w = {scale:g}"] = {
-            key: {"heads": sets[key], "gain": gain.tolist()} for key, gain in found.items()
-        }
-        for row in rows(found):
-            print(f"| {name}, w = {scale:g} | {row[0]} | {row[1]} |", flush=True)
-        (given.out / "heads.json").write_text(json.dumps(data))
+        key = setting_name(name, scale)
+        if given.only is None or key in given.only:
+            data[key] = table(pipe, name, scale, given)
+            file = f"heads-{key.replace(':', '-')}.json" if given.only else "heads.json"
+            (given.out / file).write_text(json.dumps(data, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -2,9 +2,10 @@
 
     python -m attnctl.apps.bench.latent_cost --model sd1-5 --model sdxl --out cost.json
 
-UNets of real shape with random weights draw one picture with CFG, from embeddings, in pipelines
-without text encoders. Arms run in turn, and their steps are compared by the median; the first
-step of a run is left out, as what is learnt there (which sites have the grid) is learnt once:
+UNets of real shape with random weights draw one picture with CFG, or several (`--pictures 4`),
+from embeddings, in pipelines without text encoders. Arms run in turn, and their steps are
+compared by the median; the first step of a run is left out, as what is learnt there (which sites
+have the grid) is learnt once:
 
 - stock: StableDiffusionPipeline;
 - heatmap: maps of two words read at every step;
@@ -141,10 +142,10 @@ def arms() -> dict[str, attnctl.Control | None]:
     }
 
 
-def moving(steps: int) -> dict[str, Any]:
+def moving(steps: int, pictures: int = 1) -> dict[str, Any]:
     """Return the arguments with which diffusers' pipeline moves the latents as our arms do."""
     return {
-        "token_indices": [one[0] for one in WORDS],
+        "token_indices": [[one[0] for one in WORDS]] * pictures,
         "max_iter_to_alter": steps,
         "thresholds": {},
         "attn_res": None,  # a quarter of the latents' sides; 16 x 16 unless it is given
@@ -152,7 +153,12 @@ def moving(steps: int) -> dict[str, Any]:
 
 
 def measure(
-    both: tuple[Any, Any], inputs: Callable[[int], Inputs], *, steps: int, rounds: int
+    both: tuple[Any, Any],
+    inputs: Callable[[int], Inputs],
+    *,
+    steps: int,
+    rounds: int,
+    pictures: int = 1,
 ) -> dict[str, Any]:
     """Return by arm milliseconds a step, peak memory, and the ratios of the module docstring.
 
@@ -161,13 +167,14 @@ def measure(
         inputs: makes the UNet's arguments for n rows.
         steps: of a run, the first of which is not timed.
         rounds: timed runs after a warm one.
+        pictures: drawn in one call.
     """
     spent: dict[str, list[float]] = {}
     peaks: dict[str, int] = {}
-    options = call_of(both[0].unet, inputs, steps)
+    options = call_of(both[0].unet, inputs, steps, pictures=pictures)
     for turn in range(rounds + 1):
         for name, control in arms().items():
-            pipe, more = (both[1], moving(steps)) if name == THEIRS else (both[0], {})
+            pipe, more = (both[1], moving(steps, pictures)) if name == THEIRS else (both[0], {})
             peaks[name] = peak_of(pipe, control, {**options, **more})
             if turn:
                 spent.setdefault(name, []).extend(pipe.scheduler.milliseconds)
@@ -189,17 +196,17 @@ def growth(
 
 
 def call_of(
-    unet: Any, inputs: Callable[[int], Inputs], steps: int, part: float = 1
+    unet: Any, inputs: Callable[[int], Inputs], steps: int, part: float = 1, pictures: int = 1
 ) -> dict[str, Any]:
-    """Return the arguments of a pipeline's call, the picture `part` times as wide and high."""
-    text = inputs(2)["encoder_hidden_states"]
+    """Return the arguments of a pipeline's call, pictures `part` times as wide and high."""
+    text = inputs(2 * pictures)["encoder_hidden_states"]
     side = int(unet.config.sample_size * part)
     draw = torch.Generator().manual_seed(0)
-    noise = torch.randn(1, unet.config.in_channels, side, side, generator=draw)
+    noise = torch.randn(pictures, unet.config.in_channels, side, side, generator=draw)
     return {
         "prompt": None,
-        "prompt_embeds": text[:1],
-        "negative_prompt_embeds": text[1:],
+        "prompt_embeds": text[:pictures],
+        "negative_prompt_embeds": text[pictures:],
         "latents": noise.to(text),
         "height": 8 * side,
         "width": 8 * side,
@@ -246,6 +253,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=("sd1-5", "sdxl", "sd-small"), action="append")
+    parser.add_argument("--pictures", type=int, action="append", help="drawn in one call")
     parser.add_argument("--steps", type=int, default=5, help="of a run")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--out", type=Path)
@@ -253,6 +261,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     data: dict[str, Any] = {
+        "bench": "latent cost",
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "torch": torch.__version__,
         "dtype": str(dtype),
@@ -260,11 +269,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in given.model or ["sd-small"]:
         unet, inputs = build(name, device, dtype)
         both = pipelines(unet, inputs)
-        data[name] = {"arms": measure(both, inputs, steps=given.steps, rounds=given.rounds)}
-        if device == "cuda":
-            data[name]["heat maps by side of the latents"] = growth(both[0], inputs)
-        if given.out:  # after every model: the next may not fit
-            given.out.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        for pictures in given.pictures or [1]:
+            case = name if pictures == 1 else f"{name}, {pictures} pictures"
+            found = measure(
+                both, inputs, steps=given.steps, rounds=given.rounds, pictures=pictures
+            )
+            data[case] = {"arms": found}
+            if device == "cuda" and pictures == 1:
+                data[case]["heat maps by side of the latents"] = growth(both[0], inputs)
+            if given.out:  # after every case: the next may not fit
+                given.out.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(data, indent=1))
 
 

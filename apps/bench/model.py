@@ -28,7 +28,7 @@ from attnctl.errors import OptionError
 from .attention import device_named, fast_dense, timed
 from .command import output_base
 
-__all__ = ["MODELS", "Row", "Size", "bench_model", "measure"]
+__all__ = ["MODELS", "Inputs", "Row", "Size", "bench_model", "build", "measure", "patched"]
 
 Say = Callable[[str], None]
 Inputs = dict[str, Any]
@@ -222,7 +222,7 @@ def measure(
     peaks: dict[str, float] = {}
     for _ in range(rounds + 1):
         for arm, control in {"stock": None, **arms}.items():
-            with _patched(model, control):
+            with patched(model, control):
                 if device.type == "cuda":
                     torch.cuda.reset_peak_memory_stats()
                 ms = timed(step, device)
@@ -240,7 +240,8 @@ def measure(
 
 
 @contextlib.contextmanager
-def _patched(model: nn.Module, control: attnctl.Control | None) -> Iterator[None]:
+def patched(model: nn.Module, control: attnctl.Control | None) -> Iterator[None]:
+    """Patch a denoiser with a control, None for nothing, while the context lasts."""
     if control is None:
         yield
         return

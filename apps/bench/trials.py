@@ -14,7 +14,7 @@ from tqdm import tqdm
 import attnctl
 from attnctl.apps.chosen import Chosen
 
-from . import placebo_latent  # noqa: F401  (registers its placebos)
+from . import placebo_latent, placebo_steering  # noqa: F401  (register their placebos)
 from .cache import Cache
 from .placebo import placebos
 from .tasks import Task

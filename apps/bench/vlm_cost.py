@@ -4,7 +4,8 @@
 
 Decoders of real shape with random weights read a prompt with as many image tokens as the real
 model has, and write. The vision tower is left out: it costs the same in every arm, so that the
-ratios here are those of the decoder alone. Arms are run in turn, and compared by their medians:
+ratios here are those of the decoder alone. Arms are run in turn; times are medians of the rounds,
+and so are ratios, each to stock in the same round:
 
 - stock: the model on sdpa;
 - neutral: patched with controls whose options are off;
@@ -24,6 +25,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -228,11 +230,14 @@ def _figures(
         }
         if name in peaks:
             found[name]["peak_gib"] = round(peaks[name], 4)
-    stock = found["stock"]
-    for figures in found.values():
-        for key in ("prefill_ms", "tokens_per_second", "peak_gib"):
-            if key in figures:
-                figures[f"{key} / stock"] = round(figures[key] / stock[key], 4)
+    for name, figures in found.items():
+        both = list(zip(spent[name], spent["stock"], strict=True))
+        reading = statistics.median(mine[0] / stock[0] for mine, stock in both)
+        writing = statistics.median(stock[1] / mine[1] for mine, stock in both)
+        figures["prefill_ms / stock"] = round(reading, 4)
+        figures["tokens_per_second / stock"] = round(writing, 4)
+        if name in peaks:
+            figures["peak_gib / stock"] = round(peaks[name] / peaks["stock"], 4)
     return found
 
 
@@ -252,9 +257,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model, inputs = build(shape, device, dtype), prompt(shape, given.batch, device)
     only = tuple(filter(None, given.arms.split(",")))
     data = {
+        "bench": "vlm",
         "model": given.model,
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "torch": torch.__version__,
+        "transformers": version("transformers"),
         "image_tokens": shape.tokens,
         "batch": given.batch,
         "arms": measure(model, inputs, tokens=given.tokens, rounds=given.rounds, only=only),

@@ -69,6 +69,9 @@ class Node:
     by_name: dict[str, Site] = field(default_factory=dict)
     selection: Selection | None = None
 
+    reached: int = 0
+    """Calls that the control has had."""
+
     def __post_init__(self) -> None:
         self.key = f"attnctl/{next(_SERIAL)}"
 
@@ -82,6 +85,7 @@ class Node:
         heads = self._select().get(site.index)
         if heads is None:
             return self._stock(attention, args, options)
+        self.reached += 1
         return given.answer(self.control.attend(given.call(site, step, heads, self.earlier)))
 
     def _stock(self, attention: Attention, args: Any, options: Any) -> Tensor:
@@ -131,9 +135,11 @@ class Node:
             return denoised
         self._select()
         options = {**options, "transformer_options": {**inside, self.key: step}}
+        before = self.reached
         (weak,) = comfy.samplers.calc_cond_batch(
             args["model"], [args["cond"]], args["input"], args["sigma"], options
         )
+        self._require_reached(before)
         cond = args["cond_denoised"]
         wide = torch.promote_types(cond.dtype, torch.float32)
         term = control.scale * control.direction(cond.to(wide), weak.to(wide))
@@ -152,7 +158,18 @@ class Node:
         if step not in self.control.schedule:
             return self._forward(apply_model, args)
         c = {**args["c"], "transformer_options": {**inside, self.key: step}}
-        return self._forward(apply_model, {**args, "c": c})
+        before = self.reached
+        out = self._forward(apply_model, {**args, "c": c})
+        self._require_reached(before)
+        return out
+
+    def _require_reached(self, before: int) -> None:
+        """Refuse a pass without a call: a later node may have put its own override over ours."""
+        if self.reached == before:
+            raise HostError(
+                f"{self.control.name}: no attention call reached it; a node after it may have "
+                f"replaced ComfyUI's {OVERRIDE!r}: put this node after that one"
+            )
 
     def _forward(self, apply_model: Any, args: dict[str, Any]) -> Tensor:
         if self.wrapped is not None:

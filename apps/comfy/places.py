@@ -7,11 +7,13 @@
 | `block_type` | diffusion transformers | "double" or "single" |
 | `img_slice` | some transformers with image and text in one sequence | where the image is |
 | `activations_shape` | UNets | [B, C, height, width] at this block |
+| `grid_sizes` | Wan | (frames, height, width) of the tokens, all of which are the video's |
 | `sigmas`, `sample_sigmas` | the sampler | noise level now, and at every step |
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -59,11 +61,12 @@ def site_in(options: Options, index: int, q: Tensor, k: Tensor) -> Site:
 
 def spans_in(options: Options, kind: Kind, queries: int, keys: int) -> Spans:
     """Return which tokens of a call are what, as far as the model says."""
+    grid = grid_in(options, queries)
+    image = (("image", 0, queries),)
     if kind == "cross":
-        return Spans((("image", 0, queries),), (("text", 0, keys),), grid_in(options, queries))
-    if kind == "self":
-        image = (("image", 0, queries),)
-        return Spans(image, image, grid_in(options, queries))
+        return Spans(image, (("text", 0, keys),), grid)
+    if kind == "self" or grid is not None:
+        return Spans(image, image, grid)
     if "img_slice" not in options:
         return Spans((), ())
     start, stop = options["img_slice"]
@@ -72,10 +75,10 @@ def spans_in(options: Options, kind: Kind, queries: int, keys: int) -> Spans:
 
 
 def grid_in(options: Options, tokens: int) -> tuple[int, int, int] | None:
-    """Return the grid of a UNet's image tokens; None where it is not known."""
-    shape = options.get("activations_shape") or (0, 0)
-    height, width = shape[-2:]
-    return (1, height, width) if height * width == tokens else None
+    """Return the grid (frames, height, width) of the image tokens; None where it is not known."""
+    shape: Sequence[int] = options.get("activations_shape") or (0, 0)
+    frames, height, width = map(int, options.get("grid_sizes") or (1, *shape[-2:]))
+    return (frames, height, width) if frames * height * width == tokens else None
 
 
 def step_in(options: Options, sigma: Any) -> Step:

@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
 from .house import Kind
 from .panel import Panel
 from .service import Asked, Made, Service
+from .told import told
 
-__all__ = ["GPU", "PRIVATE", "DrawingTab", "asked", "cancelling", "session_of", "settings_of"]
+if TYPE_CHECKING:
+    from .heads_panel import HeadsPanel
+
+__all__ = [
+    "GPU",
+    "PRIVATE",
+    "WORDS",
+    "DrawingTab",
+    "asked",
+    "cancelling",
+    "session_of",
+    "settings_of",
+]
 
 GPU: dict[str, Any] = {"concurrency_id": "gpu", "concurrency_limit": 1}
 """Of every event that runs a model: they share one place."""
 PRIVATE: dict[str, Any] = {"queue": False, "api_visibility": "private"}
+WORDS = "Separated by commas; empty: the things that the prompt names."
 _KEPT = 24
 PROMPTS = {
     "image": ["a red circle and a blue square", "a blue ring and an orange triangle"],
@@ -62,6 +76,10 @@ class DrawingTab:
     """
 
     kind: Kind = "image"
+    endpoints: tuple[str, str] = "", ""
+    look: gr.Button
+    words: gr.Textbox
+    heads: HeadsPanel
 
     def __init__(self, service: Service) -> None:
         self.service = service
@@ -94,7 +112,9 @@ class DrawingTab:
                     label="The same in Python", language="python", interactive=False
                 )
                 self.kept = gr.State([], time_to_live=3600)
-                self.gallery = gr.Gallery(label="This visit", columns=4, height=220)
+                self.gallery = gr.Gallery(
+                    label="This visit", columns=4, height=220, elem_classes="attnctl-visit"
+                )
         self.model.change(self._other, [self.model], [self.steps, self.guidance], **PRIVATE)
         self.wire()
 
@@ -146,9 +166,79 @@ class DrawingTab:
         """Place the widgets that show what came out."""
         raise NotImplementedError
 
+    @property
+    def outputs(self) -> tuple[list[Any], list[Any]]:
+        """The widgets of a comparison and of heat maps."""
+        raise NotImplementedError
+
+    def compared(self, files: list[str]) -> tuple[Any, ...]:
+        """Return what the widgets of a comparison show: stock first, then controlled if any."""
+        raise NotImplementedError
+
+    def mapped(self, made: Made) -> tuple[Any, ...]:
+        """Return what the widgets of heat maps show."""
+        raise NotImplementedError
+
     def wire(self) -> None:
         """Connect the buttons."""
-        raise NotImplementedError
+        draw, heatmap = self.endpoints
+        shown, maps = self.outputs
+        out = [*shown, self.files, self.report, self.code, self.kept, self.gallery]
+        ran = self.run.click(self._draw, [*self.inputs, self.kept], out, api_name=draw, **GPU)
+        mapped = self.look.click(
+            self._map, [*self.inputs, self.words], [*maps, self.report], api_name=heatmap, **GPU
+        )
+        drawn = self.heads.wire(self._sketch, self.inputs)
+        cancelling(self.service, self.stop, [ran, mapped, drawn], self.report)
+
+    @property
+    def _draw(self) -> Any:
+        @told
+        def draw(
+            model: str, prompt: str, stack: str, negative: str, seed: float, steps: float,
+            guidance: float, width: float, height: float, frames: float, kept: list[Any],
+            request: gr.Request, progress: Any = gr.Progress(),  # noqa: B008
+        ) -> tuple[Any, ...]:  # fmt: skip
+            """Draw or film, stock and with the controls of the stack."""
+            settings = settings_of((negative, seed, steps, guidance, width, height, frames))
+            order = asked(request, progress, model, prompt, stack, settings)
+            made = self.service.draw(order, self.kind)
+            files, kept = list(made.files.values()), self.kept_with(kept, made, prompt)
+            return *self.compared(files), files, made.report, made.code, kept, kept
+
+        return draw
+
+    @property
+    def _map(self) -> Any:
+        @told
+        def heatmap(
+            model: str, prompt: str, stack: str, negative: str, seed: float, steps: float,
+            guidance: float, width: float, height: float, frames: float, words: str,
+            request: gr.Request, progress: Any = gr.Progress(),  # noqa: B008
+        ) -> tuple[Any, ...]:  # fmt: skip
+            """Draw or film, with a heat map of each word over the picture or the frames."""
+            settings = settings_of((negative, seed, steps, guidance, width, height, frames))
+            order = asked(request, progress, model, prompt, stack, settings)
+            made = self.service.map_words(order, words, self.kind)
+            return *self.mapped(made), made.report
+
+        return heatmap
+
+    @property
+    def _sketch(self) -> Any:
+        @told
+        def heads(
+            model: str, prompt: str, stack: str, negative: str, seed: float, steps: float,
+            guidance: float, width: float, height: float, frames: float, chosen: list[Any],
+            request: gr.Request, progress: Any = gr.Progress(),  # noqa: B008
+        ) -> tuple[Any, ...]:  # fmt: skip
+            """Draw what the perturbation of each single head does."""
+            settings = settings_of((negative, seed, steps, guidance, width, height, frames))
+            order = asked(request, progress, model, prompt, "", settings)
+            grid = self.service.draw_heads(order, self.kind)
+            return grid, grid.picture(chosen)
+
+        return heads
 
     def kept_with(self, kept: list[Any], made: Made, text: str) -> list[Any]:
         """Return the gallery with what has been made; the oldest go."""

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from PIL import Image, ImageDraw
-from torch import Tensor
 
 from attnctl.apps.lettering import lettering
 
@@ -31,11 +30,10 @@ class Grid:
     cells: tuple[Image.Image, ...] = ()
 
     @staticmethod
-    def cell(image: Tensor) -> Image.Image:
-        """Return a picture [3, H, W] in 0 to 1 as small as a cell."""
-        array = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+    def cell(image: Image.Image) -> Image.Image:
+        """Return a picture as small as a cell."""
         side = _CELL - 2 * _FRAME
-        return Image.fromarray(array).resize((side, side), Image.Resampling.LANCZOS)
+        return image.resize((side, side), Image.Resampling.LANCZOS)
 
     @property
     def layers(self) -> list[int]:

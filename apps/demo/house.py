@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
+
+import torch
 
 import attnctl
 from attnctl import assets
@@ -111,6 +114,18 @@ class House:
         if name not in self.named(kind):
             raise ModelError(f"there is no such model here; there are: {self.named(kind)}")
         return self.guests[name]
+
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        """Have the place on the GPU for as long as the block lasts."""
+        with self.slot:
+            try:
+                yield
+            finally:
+                # cuBLAS keeps tens of MiB for every thread that ever ran a model, and the
+                # server has many threads
+                if torch.cuda.is_initialized():
+                    torch._C._cuda_clearCublasWorkspaces()
 
 
 def _load(name: str, device: str, dtype: str) -> Guest:

@@ -13,7 +13,7 @@ from .questions_tab import QuestionsTab
 from .service import Service
 from .videos_tab import VideosTab
 
-__all__ = ["THEME", "page"]
+__all__ = ["CSS", "HEAD", "THEME", "page"]
 
 TABS: dict[Kind, tuple[str, Any]] = {
     "image": ("Pictures", PicturesTab),
@@ -27,6 +27,16 @@ _HEAD = (
 _FONTS = ("system-ui", "sans-serif")
 THEME = gr.themes.Default(font=_FONTS, font_mono=("ui-monospace", "monospace"))
 """Without fonts from far away: the page works offline, and tells nobody of its visitors."""
+
+CSS = """
+.attnctl-name input { text-overflow: ellipsis; padding-right: 1.5em; }
+.attnctl-visit .grid-container {
+    grid-template-columns: repeat(auto-fill, minmax(140px, 1fr)) !important;
+}
+"""
+"""Keeps long names clear of a choice's arrow, and a visit's first pictures small."""
+HEAD = "<script>document.querySelector('link[rel=manifest]')?.remove()</script>"
+"""Gradio names a manifest at the root of the host, which is not ours behind a proxy's path."""
 
 
 def page(service: Service) -> gr.Blocks:

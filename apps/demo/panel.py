@@ -39,7 +39,11 @@ class Panel:
         self.service, self.kind, self.model = service, kind, model
         with gr.Row(equal_height=True):
             self.name = gr.Dropdown(
-                self._names(model.value), label="Control", scale=3, min_width=160
+                self._names(model.value),
+                label="Control",
+                scale=3,
+                min_width=160,
+                elem_classes="attnctl-name",
             )
             plus = gr.Button("Add", scale=1, min_width=80, elem_id=f"{kind}-add")
         self.stack = gr.Textbox(

@@ -1,4 +1,4 @@
-"""The tab for questions about a picture."""
+"""The tab for questions about a picture: both answers, where words look, head grid."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from attnctl.apps.pictures import png_bytes
 from attnctl.assets.world.pope import pope
 
 from .drawing import GPU, asked, cancelling
+from .heads_panel import HeadsPanel
 from .panel import Panel
 from .service import Service
 from .told import told
@@ -33,7 +34,7 @@ class QuestionsTab:
             with gr.Column(scale=5, min_width=300):
                 self.model = gr.Dropdown(names, value=names[0], label="Model")
                 self.picture = gr.Image(
-                    label="Picture (PNG, JPEG or WebP)", type="filepath", image_mode=None,
+                    label="Picture", type="filepath", image_mode=None,
                     sources=["upload"], height=240, elem_id="vlm-picture",
                 )  # fmt: skip
                 self.question = gr.Textbox("", label="Question", elem_id="vlm-question")
@@ -47,14 +48,32 @@ class QuestionsTab:
                 some = gr.Examples(self._examples(), inputs, label="Examples")
                 self.panel.redraw_after(some)
             with gr.Column(scale=6, min_width=300):
-                self.stock = gr.Textbox(label="Stock answer", elem_id="vlm-stock")
-                self.controlled = gr.Textbox(label="Controlled answer", elem_id="vlm-controlled")
-                self.file = gr.File(label="Download: answers and settings as JSON")
+                with gr.Tabs():
+                    with gr.Tab("Answers"):
+                        self.stock = gr.Textbox(label="Stock answer", elem_id="vlm-stock")
+                        self.controlled = gr.Textbox(
+                            label="Controlled answer", elem_id="vlm-controlled"
+                        )
+                        self.file = gr.File(label="Download: answers and settings as JSON")
+                    with gr.Tab("Words"):
+                        self._looks()
+                    with gr.Tab("Heads"):
+                        self.heads = HeadsPanel(self.panel, "Draw where each head looks")
                 self.report = gr.Markdown(label="Report")
                 self.code = gr.Code(
                     label="The same in Python", language="python", interactive=False
                 )
         self._wire()
+
+    def _looks(self) -> None:
+        gr.Markdown(
+            "The answer is written with the controls of the stack. For each of its words: where "
+            "the attention that predicts it lies on the image, and how much of it."
+        )
+        self.look = gr.Button("Map", min_width=80, elem_id="vlm-map")
+        self.mapped = gr.Textbox(label="Answer", lines=2, elem_id="vlm-mapped")
+        self.maps = gr.Gallery(label="Where each word looks", columns=3, elem_id="vlm-maps")
+        self.sheet = gr.File(label="Download: all of them in one picture")
 
     def _wire(self) -> None:
         @told
@@ -72,7 +91,42 @@ class QuestionsTab:
         inputs = [self.model, self.picture, self.question, self.tokens, self.panel.stack]
         out = [self.stock, self.controlled, self.file, self.report, self.code]
         ran = self.run.click(answer, inputs, out, api_name="answer", **GPU)
-        cancelling(self.service, self.stop, [ran], self.report)
+        looked = self.look.click(
+            self._map, inputs, [self.mapped, self.maps, self.sheet, self.report, self.code],
+            api_name="answer_heatmap", **GPU,
+        )  # fmt: skip
+        drawn = self.heads.wire(self._sketch, inputs)
+        cancelling(self.service, self.stop, [ran, looked, drawn], self.report)
+
+    @property
+    def _map(self) -> Any:
+        @told
+        def answer_heatmap(
+            model: str, picture: str, question: str, tokens: float, stack: str,
+            request: gr.Request, progress: Any = gr.Progress(),  # noqa: B008
+        ) -> tuple[Any, ...]:  # fmt: skip
+            """Ask a question about a picture and show where each word of the answer looks."""
+            order = asked(request, progress, model, question, stack, {})
+            made = self.service.map_answer(order, picture, tokens)
+            over = [(made.files[word], caption) for word, caption in made.captions.items()]
+            return made.texts["answer"], over, made.files["sheet"], made.report, made.code
+
+        return answer_heatmap
+
+    @property
+    def _sketch(self) -> Any:
+        @told
+        def answer_heads(
+            model: str, picture: str, question: str, tokens: float, stack: str,
+            chosen: list[Any], request: gr.Request,
+            progress: Any = gr.Progress(),  # noqa: B008
+        ) -> tuple[Any, ...]:  # fmt: skip
+            """Ask a question about a picture and show where each head looks."""
+            order = asked(request, progress, model, question, stack, {})
+            grid = self.service.look_heads(order, picture, tokens)
+            return grid, grid.picture(chosen)
+
+        return answer_heads
 
     def _examples(self) -> list[list[Any]]:
         """Return photos of the shape world with a question each."""

@@ -1,14 +1,15 @@
-"""Runs of the page's models: a picture or a video, word heat maps, an answer."""
+"""Runs of the page's models: a picture or a video, heat maps, an answer, the head grid."""
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from PIL.Image import Image
+from PIL.Image import Image, fromarray
 
 import attnctl
 from attnctl.apps.chosen import Chosen
@@ -20,7 +21,7 @@ from attnctl.apps.videos import FPS, mp4_bytes
 from attnctl.errors import OptionError
 
 from .heads import Grid
-from .house import Guest
+from .house import Guest, Kind
 from .limits import Limits
 
 __all__ = [
@@ -30,12 +31,17 @@ __all__ = [
     "answer_record",
     "call",
     "draw_heads",
+    "head_looks",
+    "map_answer",
     "map_words",
     "take",
 ]
 
-HEAD_STEPS, HEAD_ROWS = 6, 8
-"""Steps of a head's sketch, and how many are drawn at once."""
+HEAD_STEPS: dict[Kind, int] = {"image": 6, "video": 4}
+HEAD_FRAMES = 5
+"""Steps of a head's sketch, and frames, of which the middle one is shown."""
+HEAD_ROWS: dict[Kind, int] = {"image": 8, "video": 2}
+"""How many sketches are drawn at once."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +106,7 @@ def take(
     frames = (row,) if isinstance(row, Image) else tuple(row)
     data = record(guest.tool, arguments, settings.seed, chosen, {name: frames[0]}, report)
     if guest.kind == "video":
-        data |= {"frames": len(frames), "fps": recommended(settings, guest.name).fps or FPS}
+        data |= {"frames": len(frames), "fps": fps_of(guest, settings)}
     return Take(frames, data, seconds, report)
 
 
@@ -111,10 +117,10 @@ def map_words(
     chosen: Sequence[Chosen],
     words: Sequence[str],
 ) -> tuple[attnctl.Heatmaps, dict[str, Any]]:
-    """Draw a picture and map its words; return the maps and the record.
+    """Draw a picture or film a video and map its words; return the maps and the record.
 
     Args:
-        guest: a model for pictures.
+        guest: a model for pictures or videos.
         arguments: of `call`.
         seed: of the noise.
         chosen: controls, at work while the maps are read.
@@ -127,7 +133,14 @@ def map_words(
         )
     pictures = {"picture": found.images[0][0]}
     data = record(guest.tool, arguments, seed, chosen, pictures, found.report)
+    if guest.kind == "video":
+        data |= {"frames": len(found.images[0]), "fps": fps_of(guest)}
     return found, {**data, "words": list(found)}
+
+
+def fps_of(guest: Guest, settings: Settings | None = None) -> int:
+    """Return at how many frames per second a model's videos are shown."""
+    return recommended(settings or Settings(), guest.name).fps or FPS
 
 
 def draw_heads(guest: Guest, arguments: dict[str, Any], seed: int, limits: Limits) -> Grid:
@@ -143,19 +156,24 @@ def draw_heads(guest: Guest, arguments: dict[str, Any], seed: int, limits: Limit
 
     call = {k: v for k, v in arguments.items() if k not in ("prompt", "negative_prompt")}
     # sketches: without CFG and with few steps a head is told from its neighbours all the same
-    call |= {"num_inference_steps": min(HEAD_STEPS, call["num_inference_steps"])}
+    call |= {"num_inference_steps": min(HEAD_STEPS[guest.kind], call["num_inference_steps"])}
     call |= {"guidance_scale": 1.0} if "guidance_scale" in call else {}
+    if "num_frames" in call:
+        call["num_frames"] = min(HEAD_FRAMES, call["num_frames"])
     guidance = control(HeadSet.perturbation, scale=3.0, u=1.0)
     judge = objective("brightness")  # Trials needs one; nothing is scored here
     prompt = arguments["prompt"]
-    trials = Trials(guest.tool, guidance, judge, [prompt], [seed], HEAD_ROWS, call)  # type: ignore[arg-type]
+    rows = HEAD_ROWS[guest.kind]
+    trials = Trials(guest.tool, guidance, judge, [prompt], [seed], rows, call)  # type: ignore[arg-type]
     pool = trials.pool
     if len(pool) > limits.heads:
         raise OptionError(f"the model has {len(pool)} heads; this page draws {limits.heads}")
     cells: list[Image] = []
     for at in range(0, len(pool), trials.batch):
         part = [(head,) for head in pool[at : at + trials.batch]]
-        cells += map(Grid.cell, trials.draw(part, [0] * len(part)).float().cpu())
+        drawn = trials.draw(part, [0] * len(part)).float().cpu()
+        drawn = drawn[:, drawn.shape[1] // 2] if drawn.ndim == 5 else drawn
+        cells += (Grid.cell(_picture(one)) for one in drawn)
     return Grid(tuple(pool), tuple(cells))
 
 
@@ -171,6 +189,30 @@ def answer(
     else:
         (said,) = guest.tool.reply([chat(question)], [[picture]], tokens)
     return Answer(said.text, time.perf_counter() - start, report)
+
+
+def _picture(image: torch.Tensor) -> Image:
+    """Return a picture [3, H, W] in 0 to 1."""
+    array = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+    return fromarray(array)
+
+
+def map_answer(
+    guest: Guest, picture: Image, question: str, tokens: int, chosen: Sequence[Chosen]
+) -> attnctl.AnswerMaps:
+    """Ask a question about a picture, and read where each word of the answer looks."""
+    controls = (one.control for one in chosen)
+    return attnctl.answer_maps(
+        guest.target, guest.tool.processor, picture, question, *controls,
+        max_new_tokens=tokens, pad_token_id=guest.tool.pad,
+    )  # fmt: skip
+
+
+def head_looks(found: attnctl.AnswerMaps) -> Grid:
+    """Return the grid of heads, each with what it looks at on average over the answer."""
+    small = dataclasses.replace(found, image=Grid.cell(found.image))
+    cells = (small.over(heat, framed=False) for heat in found.heads.values())
+    return Grid(tuple(found.heads), tuple(cells))
 
 
 def answer_record(

@@ -10,7 +10,7 @@ from PIL import Image
 from starlette.middleware import Middleware
 
 from .gate import Gate
-from .page import THEME, page
+from .page import CSS, HEAD, THEME, page
 from .service import Service
 
 __all__ = ["launch"]
@@ -60,6 +60,8 @@ def launch(
         run_history=False,
         footer_links=["api"],
         theme=THEME,
+        css=CSS,
+        head=HEAD,
         quiet=not block,
     )
     return blocks

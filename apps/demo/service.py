@@ -10,28 +10,51 @@ import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from attnctl.apps.answer_heatmap import answer_sheet, words_shown
+from attnctl.apps.answer_heatmap import captions as answer_captions
 from attnctl.apps.chosen import Chosen
 from attnctl.apps.generate import Settings
-from attnctl.apps.heatmap import sheet, split_words
+from attnctl.apps.heatmap import clip, sheet, split_words
 from attnctl.apps.pictures import png_bytes
+from attnctl.apps.videos import mp4_bytes
 from attnctl.errors import OptionError
 
 from .code import answer_code, draw_code
 from .heads import Grid
 from .house import Guest, House, Kind
 from .limits import Limits
-from .runs import HEAD_ROWS, Answer, answer, answer_record, call, draw_heads, map_words, take
+from .runs import (
+    HEAD_ROWS,
+    Answer,
+    answer,
+    answer_record,
+    call,
+    draw_heads,
+    head_looks,
+    map_answer,
+    map_words,
+    take,
+)
 from .shelf import Shelf
 from .stack import read_stack
 from .summary import summary
 from .uploads import read_upload
 from .watch import Watch
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from attnctl import AnswerMaps
+
 __all__ = ["Asked", "Made", "Service"]
 
 Tell = Callable[[str, int, int], None]
+_SHOWN = 24
+"""Words of an answer with a map of their own."""
+_LOOKS = 2
+"""Calls of a model that look for sinks before its answer."""
 
 
 @dataclass(frozen=True)
@@ -118,13 +141,13 @@ class Service:
         code = draw_code(guest.name, arguments, settings.seed, chosen, kind == "video")
         return Made(files, report, code)
 
-    def map_words(self, asked: Asked, words: Any) -> Made:
-        """Draw a picture and lay a heat map of each word over it.
+    def map_words(self, asked: Asked, words: Any, kind: Kind = "image") -> Made:
+        """Draw a picture or film a video, and lay a heat map of each word over it.
 
         Raises:
             AttnctlError: if something of it cannot be done.
         """
-        guest, settings, arguments, chosen = self._order(asked, "image")
+        guest, settings, arguments, chosen = self._order(asked, kind)
         wanted = split_words([self.limits.text("list of words", words, needed=False)])
         if len(wanted) > self.limits.words:
             raise OptionError(f"{len(wanted)} words; at most {self.limits.words}")
@@ -132,25 +155,29 @@ class Service:
             self._tell(watch, asked, "maps")
             with watch.over(guest.target):
                 found, data = map_words(guest, arguments, settings.seed, chosen, wanted)
-        whole = sheet(found, data["prompt"], f"{guest.name}, seed {settings.seed}")
-        files = {"sheet": self.shelf.put(png_bytes(whole, data), "heatmap.png")}
-        captions = {}
+        titles = data["prompt"], f"{guest.name}, seed {settings.seed}"
+        files = {"sheet": self.shelf.put(png_bytes(sheet(found, *titles), data), "heatmap.png")}
+        captions: dict[str, str] = {}
+        code = draw_code(guest.name, arguments, settings.seed, chosen, kind == "video")
+        if kind == "video":
+            video = mp4_bytes(clip(found, *titles), data["fps"], data)
+            files["clip"] = self.shelf.put(video, "heatmap.mp4")
+            return Made(files, str(found.report), code)
         for word, heat in found.items():
             over = found.overlay(word)
             files[word] = self.shelf.put(png_bytes(over, data), "word.png")
-            captions[word] = f"{word}: up to {float(heat[0].max()):.1%}"
-        code = draw_code(guest.name, arguments, settings.seed, chosen, False)
+            captions[word] = f"{word}: {float(heat[0].max()):.1%}"
         return Made(files, str(found.report), code, captions=captions)
 
-    def draw_heads(self, asked: Asked) -> Grid:
+    def draw_heads(self, asked: Asked, kind: Kind = "image") -> Grid:
         """Draw what each head does.
 
         Raises:
             AttnctlError: if something of it cannot be done.
         """
-        guest, settings, arguments, _ = self._order(asked, "image")
+        guest, settings, arguments, _ = self._order(asked, kind)
         with self._running(asked) as watch:
-            batches = math.ceil(len(guest.heads) / HEAD_ROWS)
+            batches = math.ceil(len(guest.heads) / HEAD_ROWS[kind])
             steps = itertools.count(1)
             watch.tell = lambda _, total: asked.tell("heads", next(steps), total * batches)
             with watch.over(guest.target):
@@ -162,13 +189,7 @@ class Service:
         Raises:
             AttnctlError: if something of it cannot be done.
         """
-        guest = self.house.guest(asked.model, "vlm")
-        question = self.limits.text("question", asked.text)
-        most = _whole("tokens", tokens)
-        if most is None or not 1 <= most <= self.limits.tokens:
-            raise OptionError(f"tokens={tokens}: expected 1 to {self.limits.tokens}")
-        picture = read_upload(upload, self.limits)
-        chosen = read_stack(asked.stack, guest.target, self.limits)
+        guest, picture, question, most, chosen = self._question(asked, upload, tokens)
         said: dict[str, Answer] = {}
         with self._running(asked) as watch:
             for name, stack in _stacks(chosen).items():
@@ -181,6 +202,65 @@ class Service:
         report = summary(chosen, last.report, said["stock"].seconds, last.seconds)
         texts = {name: one.text for name, one in said.items()}
         return Made({"record": file}, report, answer_code(guest.name, most, chosen), texts)
+
+    def map_answer(self, asked: Asked, upload: Any, tokens: Any) -> Made:
+        """Ask a question about an uploaded picture, and map where each word looks.
+
+        Raises:
+            AttnctlError: if something of it cannot be done.
+        """
+        guest, picture, question, most, chosen = self._question(asked, upload, tokens)
+        found = self._mapped(asked, guest, picture, question, most, chosen)
+        shown = words_shown(found)[:_SHOWN]
+        data = answer_record(guest, question, most, chosen, {}) | {"answer": found.answer}
+        whole = answer_sheet(found, shown, question, guest.name)
+        files = {"sheet": self.shelf.put(png_bytes(whole, data), "heatmap.png")}
+        captions = {}
+        for i, caption in zip(shown, answer_captions(found, shown), strict=True):
+            files[f"{i}"] = self.shelf.put(png_bytes(found.overlay(i), data), "word.png")
+            captions[f"{i}"] = caption
+        sinks = int(found.sinks.sum())
+        report = f"{found.report}\n\n" + (
+            f"{sinks} image tokens are sinks, framed in white."
+            if sinks
+            else "No image token is a sink here."
+        )
+        code = answer_code(guest.name, most, chosen)
+        return Made(files, report, code, {"answer": found.answer}, captions)
+
+    def look_heads(self, asked: Asked, upload: Any, tokens: Any) -> Grid:
+        """Ask a question about an uploaded picture, and draw where each head looks.
+
+        Raises:
+            AttnctlError: if something of it cannot be done.
+        """
+        order = self._question(asked, upload, tokens)
+        return head_looks(self._mapped(asked, *order))
+
+    def _mapped(
+        self,
+        asked: Asked,
+        guest: Guest,
+        picture: Image,
+        question: str,
+        most: int,
+        chosen: tuple[Chosen, ...],
+    ) -> AnswerMaps:
+        with self._running(asked) as watch:
+            self._tell(watch, asked, "maps")
+            with watch.over(guest.target, most + _LOOKS):
+                return map_answer(guest, picture, question, most, chosen)
+
+    def _question(
+        self, asked: Asked, upload: Any, tokens: Any
+    ) -> tuple[Guest, Image, str, int, tuple[Chosen, ...]]:
+        guest = self.house.guest(asked.model, "vlm")
+        question = self.limits.text("question", asked.text)
+        most = _whole("tokens", tokens)
+        if most is None or not 1 <= most <= self.limits.tokens:
+            raise OptionError(f"tokens={tokens}: expected 1 to {self.limits.tokens}")
+        picture = read_upload(upload, self.limits)
+        return guest, picture, question, most, read_stack(asked.stack, guest.target, self.limits)
 
     def _order(
         self, asked: Asked, kind: Kind
@@ -209,7 +289,7 @@ class Service:
         with self._lock:
             self._watches[asked.session].add(watch)
         try:
-            with self.house.slot:
+            with self.house.turn():
                 watch.start()
                 yield watch
         finally:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import attnctl
 from attnctl.apps.chosen import Chosen, choose
 from attnctl.apps.control_syntax import control_text, split_control
 from attnctl.errors import OptionError
@@ -71,10 +73,15 @@ def set_heads(text: str, number: int, heads: Sequence[tuple[int, int]], target: 
     """Return a stack in which one control, counted from 1, acts on these heads.
 
     Raises:
-        OptionError: if there is no such control or no head.
+        OptionError: if there is no such control, it takes no heads, or there is no head.
     """
     if not heads:
         raise OptionError("no head is chosen: click on some in the grid")
+    lines = _lines(text)
+    name = split_control(lines[number - 1])[0] if 0 < number <= len(lines) else ""
+    known = attnctl.controls().get(name)
+    if known is not None and "heads" not in {f.name for f in dataclasses.fields(known)}:
+        raise OptionError(f"{name} acts on no heads: give them to another control of the stack")
     selector = ",".join(f"L{layer}H{head}" for layer, head in heads)
     return set_option(text, number - 1, "heads", selector, target)
 

@@ -1,4 +1,4 @@
-"""The tab for videos: stock beside controlled."""
+"""The tab for videos: stock beside controlled, word heat maps, head grid."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from typing import Any
 
 import gradio as gr
 
-from .drawing import GPU, DrawingTab, asked, cancelling, settings_of
-from .told import told
+from .drawing import WORDS, DrawingTab
+from .heads_panel import HeadsPanel
+from .service import Made
 
 __all__ = ["VideosTab"]
 
@@ -16,39 +17,40 @@ class VideosTab(DrawingTab):
     """Two players, one report."""
 
     kind = "video"
+    endpoints = "film", "film_heatmap"
 
     def results(self) -> None:
-        """Place the players."""
-        with gr.Row():
-            look: dict[str, Any] = {"interactive": False, "autoplay": True, "loop": True}
-            self.stock = gr.Video(label="Stock", min_width=140, **look)
-            self.controlled = gr.Video(label="Controlled", min_width=140, **look)
-
-    def wire(self) -> None:
-        """Connect the buttons."""
-        out = [
-            self.stock, self.controlled, self.files, self.report, self.code, self.kept,
-            self.gallery,
-        ]  # fmt: skip
-        ran = self.run.click(self._film, [*self.inputs, self.kept], out, api_name="film", **GPU)
-        cancelling(self.service, self.stop, [ran], self.report)
+        """Place the players, and the tabs of heat maps and heads."""
+        look: dict[str, Any] = {"interactive": False, "autoplay": True, "loop": True}
+        with gr.Tabs():
+            with gr.Tab("Compare"), gr.Row():
+                self.stock = gr.Video(label="Stock", min_width=140, **look)
+                self.controlled = gr.Video(label="Controlled", min_width=140, **look)
+            with gr.Tab("Heat maps"):
+                with gr.Row(equal_height=True):
+                    self.words = gr.Textbox("", label="Words", scale=3, min_width=160, info=WORDS)
+                    self.look = gr.Button("Map", scale=1, min_width=80, elem_id="video-map")
+                self.maps = gr.Video(
+                    label="Where each word is attended to", show_label=False, **look
+                )
+                self.sheet = gr.Image(
+                    label="Frame by frame", show_label=False, interactive=False,
+                    type="filepath", format="png", elem_id="video-sheet",
+                )  # fmt: skip
+                self.map_files = gr.File(label="Download", file_count="multiple", height=130)
+            with gr.Tab("Heads"):
+                self.heads = HeadsPanel(self.panel, "Draw what each head does")
 
     @property
-    def _film(self) -> Any:
-        @told
-        def film(
-            model: str, prompt: str, stack: str, negative: str, seed: float, steps: float,
-            guidance: float, width: float, height: float, frames: float, kept: list[Any],
-            request: gr.Request, progress: Any = gr.Progress(),  # noqa: B008
-        ) -> tuple[Any, ...]:  # fmt: skip
-            """Film a video, stock and with the controls of the stack."""
-            settings = settings_of((negative, seed, steps, guidance, width, height, frames))
-            made = self.service.draw(
-                asked(request, progress, model, prompt, stack, settings), "video"
-            )
-            files = list(made.files.values())
-            kept = self.kept_with(kept, made, prompt)
-            own = made.files.get("controlled")
-            return files[0], own, files, made.report, made.code, kept, kept
+    def outputs(self) -> tuple[list[Any], list[Any]]:
+        """The players; the clip of maps, their sheet, and both as files."""
+        return [self.stock, self.controlled], [self.maps, self.sheet, self.map_files]
 
-        return film
+    def compared(self, files: list[str]) -> tuple[Any, ...]:
+        """Return both videos, without controls one."""
+        return files[0], files[1] if len(files) > 1 else None
+
+    def mapped(self, made: Made) -> tuple[Any, ...]:
+        """Return the clip of maps, their sheet, and both as files."""
+        clip, sheet = made.files["clip"], made.files["sheet"]
+        return clip, sheet, [clip, sheet]

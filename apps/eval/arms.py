@@ -21,6 +21,7 @@ from .answer_file import AnswerFile
 from .answering import Answerer, Reply, chat
 from .bad_data import BadData, EvalError, Skips
 from .items import Item, find_image
+from .second_look import SecondLook
 
 __all__ = ["Arm", "Asking", "patched", "run_arm"]
 
@@ -32,21 +33,24 @@ class Arm:
     Attributes:
         name: e.g. "stock" or "pai".
         chosen: the controls, none for the stock model.
+        look: the second look, None for none.
         shown: item whose image is shown instead, by id; None to show each item's own.
     """
 
     name: str
     chosen: tuple[Chosen, ...] = ()
     shown: Mapping[str, Item] | None = None
+    look: SecondLook | None = None
 
     def facts(self) -> dict[str, Any]:
-        """Return what the answers depend on: the controls, their code, and wrong images."""
+        """Return what the answers depend on: controls and second look, code, wrong images."""
         code = hashlib.sha256()
         for one in self.chosen:
             code.update(Path(inspect.getfile(type(one.control))).read_bytes())
         swapped = None if self.shown is None else {k: v.image for k, v in self.shown.items()}
         controls = [control_data(one) for one in self.chosen]
-        return {"controls": controls, "code": code.hexdigest(), "shown": swapped}
+        found = {"controls": controls, "code": code.hexdigest(), "shown": swapped}
+        return found if self.look is None else {**found, "look": self.look.facts()}
 
 
 @dataclass(frozen=True)
@@ -120,7 +124,7 @@ def run_arm(
         for part in tqdm(todo, desc=arm.name, mininterval=2.0, disable=None):
             pictures = {item.id: _picture(item, arm, asking.images, skips) for item in part}
             seen = [item for item in part if isinstance(pictures[item.id], Image.Image)]
-            replies = _replies(seen, pictures, asking, answerer)
+            replies = _replies(seen, pictures, asking, answerer, arm.look)
             for item in file.missing(part):
                 reply = replies.get(item.id)
                 if reply is None:
@@ -130,13 +134,21 @@ def run_arm(
 
 
 def _replies(
-    items: Sequence[Item], pictures: Mapping[str, Any], asking: Asking, answerer: Answerer
+    items: Sequence[Item],
+    pictures: Mapping[str, Any],
+    asking: Asking,
+    answerer: Answerer,
+    look: SecondLook | None,
 ) -> dict[str, Reply]:
     if not items:
         return {}
-    chats = [chat(asking.prompt.replace("{question}", item.question)) for item in items]
-    images = [[pictures[item.id]] for item in items]
-    replies = answerer.reply(chats, images, asking.max_new_tokens)
+    asked = [asking.prompt.replace("{question}", item.question) for item in items]
+    images = [pictures[item.id] for item in items]
+    if look is not None:
+        replies = look.reply(answerer, images, asked, asking.max_new_tokens)
+    else:
+        shown = [[image] for image in images]
+        replies = answerer.reply([*map(chat, asked)], shown, asking.max_new_tokens)
     return {item.id: reply for item, reply in zip(items, replies, strict=True)}
 
 

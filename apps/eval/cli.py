@@ -31,7 +31,7 @@ _ABOUT = {
     "mme": ("Fourteen subtasks of yes and no (MME).", "A subtask's file, or the folder of all."),
     "amber": ("Descriptions and yes or no (AMBER).", "The folder data/ of AMBER's repository."),
 }
-_CONTROL = "A control, such as pai:alpha=0.5; repeat for more, which act together."
+_CONTROL = "A control, such as pai:alpha=0.5, or carve; repeat for more, which act together."
 _PROMPT = "The words of a question, such as '{question} Please answer yes or no.'"
 _PARSER = "How yes and no are read: official, lmms-eval, vlmevalkit, pai, vcd, mme; repeatable."
 _WORDS = "How words are found: rule, or (with nltk) lemma; for CHAIR also pattern."

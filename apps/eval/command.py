@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from .benchmarks import Scoring, Sources, read_items
 from .items import Item, find_image, sample, swap_images
 from .parsers import find_parser
 from .result import Scored, score_arms
+from .second_look import take_look
 
 __all__ = ["Order", "evaluate", "told"]
 
@@ -41,7 +42,8 @@ class Order:
         model: what the user calls the model.
         asking: how questions are put.
         out: folder for answers and results.
-        controls: texts of the controls that make up the method; none for the model alone.
+        controls: texts of the controls that make up the method, "carve:..." among them for a
+            second look; none for the model alone.
         limit: most items; None for all.
         seed: of the choice of items and of the wrong images.
         parsers: names; none for the benchmark's own.
@@ -174,13 +176,15 @@ def _facts(order: Order, plan: Plan) -> dict[str, Any]:
 
 
 def _arms(order: Order, plan: Plan, answerer: Answerer) -> list[Arm]:
-    chosen = tuple(choose(answerer.model, text) for text in order.controls)
+    texts, look = take_look(order.controls)
+    chosen = tuple(choose(answerer.model, text) for text in texts)
     arms = [Arm("stock")]
-    if chosen:
-        arms.append(Arm(" + ".join(split_control(text)[0] for text in order.controls), chosen))
+    if order.controls:
+        name = " + ".join(split_control(text)[0] for text in order.controls)
+        arms.append(Arm(name, chosen, look=look))
     if order.mismatched:
         shown = swap_images(plan.items, order.seed)
-        arms += [Arm(f"{arm.name}, wrong image", arm.chosen, shown) for arm in arms]
+        arms += [replace(arm, name=f"{arm.name}, wrong image", shown=shown) for arm in arms]
     return arms
 
 
@@ -194,7 +198,7 @@ def _run(
         "run": run,
         "benchmark": order.sources.benchmark,
         "arm": arm.name,
-        "controls": [str(one) for one in arm.chosen],
+        "controls": [*map(str, arm.chosen), *([str(arm.look)] if arm.look else [])],
         "facts": facts,
         "tables": plan.tables,
     }

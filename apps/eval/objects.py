@@ -113,8 +113,8 @@ class Objects:
         words: "rule", "pattern" or "lemma".
 
     Raises:
-        EvalError: if there is no such way.
-        MissingExtra: if it needs a package that is not there.
+        EvalError: if there is no such way, or it needs pattern and that is not there.
+        MissingExtra: if it needs nltk and that is not there.
     """
 
     def __init__(self, synonyms: Sequence[Sequence[str]], words: str = "rule") -> None:
@@ -160,7 +160,10 @@ def _by_pattern(known: set[str]) -> Splitter:
     try:
         from pattern.en import singularize
     except ImportError as error:
-        raise MissingExtra("pattern", "eval", "--words pattern") from error
+        raise EvalError(
+            "--words pattern needs the package 'pattern': pip install pattern. No extra brings "
+            "it, since it is no longer maintained; --words rule needs nothing"
+        ) from error
     return lambda text: [singularize(word) for word in word_tokenize(text)]
 
 

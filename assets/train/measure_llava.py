@@ -92,10 +92,20 @@ class Teller:
         self._pixels: dict[Photo, Tensor] = {}
 
     @classmethod
-    def load(cls, folder: Path, device: torch.device) -> Teller:
-        """From a folder, with the stock classes; float16 on a GPU, float32 on the CPU."""
+    def load(
+        cls, folder: Path, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> Teller:
+        """From a folder, with the stock classes.
+
+        Args:
+            folder: the model's.
+            device: None for the GPU if there is one.
+            dtype: None for float16 on a GPU, float32 on the CPU.
+        """
+        place = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         model: Any = LlavaForConditionalGeneration.from_pretrained(folder)
-        model = model.to(device, torch.float16) if device.type == "cuda" else model
+        half = torch.float16 if place.type == "cuda" else torch.float32
+        model = model.to(place, dtype or half)
         return cls(model.eval(), LlavaProcessor.from_pretrained(folder))
 
     @torch.no_grad()

@@ -54,7 +54,7 @@ def checkpointed(module: nn.Module, forward: Forward) -> Iterator[None]:
         module: the denoiser.
         forward: the call of it that is under way.
     """
-    if not (torch.is_grad_enabled() and getattr(module, "is_gradient_checkpointing", False)):
+    if not (torch.is_grad_enabled() and forward.binding.checkpoints):
         yield
         return
     holders = [m for m in module.modules() if callable(m.__dict__.get(_NAME))]

@@ -68,6 +68,19 @@ class Binding(Uncopied):
         self.warned = self.orphaned = False
         weakref.finalize(self, tap.drop_names, self.spaces).atexit = False
 
+    @functools.cached_property
+    def checkpointing(self) -> list[nn.Module]:
+        """Blocks that gradient checkpointing can be switched on for.
+
+        Looked for once: a walk through all modules takes milliseconds.
+        """
+        return [m for m in self.module.modules() if hasattr(m, "gradient_checkpointing")]
+
+    @property
+    def checkpoints(self) -> bool:
+        """Whether it is on for any."""
+        return any(block.gradient_checkpointing for block in self.checkpointing)
+
     # -- attach and detach ---------------------------------------------------------------
 
     @classmethod

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ..records import ForwardCall
     from .run import Run
 
-__all__ = ["caught_up", "latents", "move", "shifted", "with_latents"]
+__all__ = ["caught_up", "latents", "move", "noise_size", "shifted", "with_latents"]
 
 
 def latents(call: ForwardCall) -> Tensor:
@@ -82,6 +82,24 @@ def shifted(run: Run, sample: Tensor) -> Tensor:
             "added cannot be handed on: undo the controls that move latents"
         )
     return (sample.float() + run.shift.to(sample.device) / _factor(run)).to(sample.dtype)
+
+
+def noise_size(run: Run) -> Tensor | float:
+    """Return the standard deviation with which the run's initial noise is given to the denoiser.
+
+    That is `init_noise_sigma` times what `scale_model_input` multiplies by at the first step:
+    about 1 for every scheduler, exactly 1 for those that have neither.
+
+    Raises:
+        HostError: if the run does not begin with noise alone.
+    """
+    if run.first > 0:
+        raise HostError(
+            f"{type(run.pipe).__name__} begins {run.first} steps into the noise schedule (image "
+            "to image), so its first latents are no noise that could be exchanged"
+        )
+    size: Tensor | float = getattr(run.scheduler, "init_noise_sigma", 1.0)
+    return size * _factor(run)
 
 
 def _place(run: Run, value: Any, rows: Rows) -> tuple[slice, ...]:

@@ -98,10 +98,10 @@ class Run:
         if known:
             return int(known)
         times = getattr(self.scheduler, "timesteps", None)
-        return 0 if times is None else len(times) - self._begin
+        return 0 if times is None else len(times) - self.first
 
     @property
-    def _begin(self) -> int:
+    def first(self) -> int:
         """Index of the run's first step in the scheduler's list (image to image skips some)."""
         begin = getattr(self.scheduler, "begin_index", None)
         if begin is not None:
@@ -135,7 +135,7 @@ class Run:
         self._last_time = time
 
     def _sigma(self) -> float:
-        scheduler, at = self.scheduler, self._begin + self.index
+        scheduler, at = self.scheduler, self.first + self.index
         sigmas = getattr(scheduler, "sigmas", None)
         if sigmas is not None:
             return float(sigmas[min(at, len(sigmas) - 1)])
@@ -208,7 +208,7 @@ class Run:
         times = getattr(self.scheduler, "timesteps", None)
         if times is None:
             return float("nan")
-        return float(times[min(self._begin + self.index, len(times) - 1)])
+        return float(times[min(self.first + self.index, len(times) - 1)])
 
     def guidance_scale(self, denoiser: str) -> float:
         """Return the scale with which the pipeline mixes separate cond and uncond calls."""

@@ -6,6 +6,7 @@ whole model around it (and `generate` around that) says which tokens they are.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import threading
 import weakref
@@ -17,14 +18,24 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import HostError
-from ..records import STOCK, AttentionCall, Residual, Rows, Spans, Step, WrittenRow
+from ..records import (
+    STOCK,
+    AttentionCall,
+    PromptCall,
+    Reading,
+    Residual,
+    Rows,
+    Spans,
+    Step,
+    WrittenRow,
+)
 from ..sites import Sites
 from ..stack import Entry, check_conflicts
 from .adopt import Uncopied, adopt, original_class, release
-from .vlm_discover import decoder_of
+from .vlm_discover import decoder_of, speaker_of
 from .vlm_logits import Heard, Prompt, check_speaker, speak
-from .vlm_tap import DecoderSite, hook_site, primitive, stock_attention, unhook_site
-from .vlm_tokens import Sequence, image_ids, label, tokens_of
+from .vlm_tap import DecoderSite, Stock, hook_site, primitive, stock_attention, unhook_site
+from .vlm_tokens import Sequence, fit_rows, image_ids, label, tokens_of
 
 __all__ = ["DecoderBinding"]
 
@@ -36,12 +47,12 @@ SLOT = "_attnctl"
 
 @dataclass(eq=False)
 class _Given:
-    """Token ids [B, N], padding mask [B, N], image ids and inputs of a call of the whole model."""
+    """Token ids [B, N], padding mask [B, N] and inputs of a call of the whole model."""
 
     ids: Tensor | None
     mask: Tensor | None
-    images: tuple[int, ...]
     inputs: dict[str, Any]
+    model: Any = None
     sequence: Sequence | None = None  # of a generation without a cache
 
     @classmethod
@@ -49,16 +60,21 @@ class _Given:
         ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
         mask = kwargs.get("attention_mask")
         flat = isinstance(mask, Tensor) and mask.ndim == 2
-        found = image_ids(model.config)
-        return cls(ids if _are_ids(ids) else None, mask if flat else None, found, kwargs)
+        return cls(ids if _are_ids(ids) else None, mask if flat else None, kwargs, model)
 
     def labels(self, rows: int, n: int) -> Tensor | None:
         """Return the labels of the last n tokens, None if these are not all ids."""
         if self.ids is None or self.ids.shape[1] != n or rows % self.ids.shape[0]:
             return None
-        mask = None if self.mask is None else self.mask[:, -n:]
-        found = label(self.ids, mask, self.images)
-        return found.repeat_interleave(rows // found.shape[0], dim=0)
+        mask = None if self.mask is None else self.mask[:, -n:].cpu()
+        images = () if self.model is None else image_ids(self.model.config)
+        return fit_rows(label(self.ids_here, mask, images), rows)
+
+    @functools.cached_property
+    def ids_here(self) -> Tensor:
+        """The token ids on the CPU: a GPU would be told to do a dozen tiny things, one by one."""
+        assert self.ids is not None
+        return self.ids.cpu()
 
 
 def _are_ids(value: Any) -> bool:
@@ -81,6 +97,7 @@ LOCAL = _Local()
 class ModelCalls:
     """Mixin put in front of the whole model's class: notes the token ids.
 
+    Where an inner model generates (`speaker_of`), it is put in front of that one's too.
     Compiled code breaks here and runs the patched model eagerly.
     """
 
@@ -89,7 +106,8 @@ class ModelCalls:
         stock = super().__call__  # type: ignore[misc]
         if LOCAL.model is not None:  # the outermost call knows most
             return stock(*args, **kwargs)
-        LOCAL.model, LOCAL.heard = _Given.to(self, args, kwargs), None
+        whole = _whole(self)
+        LOCAL.model, LOCAL.heard = _Given.to(whole, args, kwargs), None
         try:
             out = stock(*args, **kwargs)
         finally:
@@ -97,8 +115,8 @@ class ModelCalls:
         if heard is None or not heard.entries:
             return out
         return speak(
-            self, heard, (args, kwargs), _prompt(), out,
-            lambda inputs, controlled: _beside(self, stock, inputs, controlled),
+            whole, heard, self, (args, kwargs), _prompt(), out,
+            lambda inputs, controlled: _beside(whole, inputs, controlled),
         )  # fmt: skip
 
     def get_compiled_call(self, *args: Any, **kwargs: Any) -> Any:
@@ -110,12 +128,20 @@ class ModelCalls:
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Note the prompt."""
+        if _whole(self) is not self:
+            return super().generate(*args, **kwargs)  # type: ignore[misc]
         before = LOCAL.generation
         LOCAL.generation = _Given.to(self, args, kwargs)
         try:
             return super().generate(*args, **kwargs)  # type: ignore[misc]
         finally:
             LOCAL.generation = before
+
+
+def _whole(model: Any) -> Any:
+    """Return the model whose answer a model is generating: itself, or the one around it."""
+    given = LOCAL.generation
+    return model if given is None or speaker_of(given.model) is not model else given.model
 
 
 def _prompt() -> Prompt | None:
@@ -126,15 +152,16 @@ def _prompt() -> Prompt | None:
     return Prompt(given.ids, given.mask, given.inputs)
 
 
-def _beside(
-    model: Any, stock: Callable[..., Any], inputs: dict[str, Any], controlled: bool
-) -> Any:
+def _beside(model: Any, inputs: dict[str, Any], controlled: bool) -> Any:
     """Run a model's unpatched call on a second prompt, beside the generation under way."""
+    inner = speaker_of(model)
+    # text alone, and what follows a prompt, is for the language model inside
+    asked = model if inner is None or "pixel_values" in inputs else inner
     before = LOCAL.model, LOCAL.generation, LOCAL.aside
     LOCAL.model, LOCAL.generation = _Given.to(model, (), inputs), None
     LOCAL.aside = "controlled" if controlled else "stock"
     try:
-        return stock(**inputs)
+        return asked(**inputs)
     finally:
         LOCAL.model, LOCAL.generation, LOCAL.aside = before
 
@@ -217,8 +244,10 @@ class DecoderBinding(Uncopied):
             stock_attention(module)
         self.entries += entries
         if model is not None and model is not self.module:
-            adopt(model, ModelCalls)
-            self.around.append((weakref.ref(model), entries))
+            inner = speaker_of(model)
+            for one in (model,) if inner is None else (model, inner):
+                adopt(one, ModelCalls)
+                self.around.append((weakref.ref(one), entries))
         self._rehook()
 
     def remove(self, entries: list[Entry]) -> None:
@@ -261,8 +290,11 @@ class DecoderBinding(Uncopied):
         """Run one call of the decoder; `stock` is the unpatched call."""
         if not any(not e.control.neutral for e in self.entries):
             return stock(*args, **kwargs)
-        bound = self.signature.bind(None, *args, **kwargs).arguments
-        forward = self._forward({**bound, **bound.get("kwargs", {})})
+        bound = kwargs
+        if args:
+            bound = self.signature.bind(None, *args, **kwargs).arguments
+            bound = {**bound, **bound.get("kwargs", {})}
+        forward = self._forward(bound)
         before, LOCAL.forward = LOCAL.forward, forward
         try:
             out = stock(*args, **kwargs)
@@ -362,10 +394,9 @@ def _read(sequence: Sequence, inputs: dict[str, Any], rows: int, n: int, past: i
     generation = LOCAL.generation
     ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
     flat = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
-    own = _Given(ids, flat, () if LOCAL.model is None else LOCAL.model.images, {})
+    own = _Given(ids, flat, {}, None if LOCAL.model is None else LOCAL.model.model)
     if LOCAL.model is not None and LOCAL.model.ids is not None:
         own = LOCAL.model
-    labels = own.labels(rows, n)
     whole = generation is not None and generation.ids is not None
     if whole and sequence.labels is not None and past >= generation.ids.shape[1]:  # type: ignore[union-attr]
         return  # several tokens of the answer at once
@@ -376,7 +407,7 @@ def _read(sequence: Sequence, inputs: dict[str, Any], rows: int, n: int, past: i
         if known is not None:
             sequence.read(known, 0, sequence.prompt)
         return
-    sequence.read(labels, past, n)
+    sequence.read(own.labels(rows, n), past, n)
     sequence.prompt = past + n
 
 
@@ -392,28 +423,8 @@ def _begins(generation: Any, own: _Given, past: int, n: int) -> bool:
     rows, most = generation.ids.shape[0], min(n, generation.ids.shape[1])
     if own.ids.shape[0] % rows:
         return False
-    repeated = generation.ids.repeat_interleave(own.ids.shape[0] // rows, dim=0)
-    return torch.equal(own.ids[:, :most], repeated[:, :most])
-
-
-def _written(
-    row: WrittenRow,
-    total: int,
-    module: nn.Module,
-    call: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> tuple[Tensor, Tensor | None] | None:
-    """Run what is known to be done to a written token, past the stack; None if it declines."""
-    out: tuple[Tensor, Tensor | None]
-    if row is STOCK:
-        out = stock_attention(module)(module, *call, **kwargs)
-    else:
-        q, k, v, mask = call
-        found = row(q, k, v, mask, kwargs.get("scaling"), max(0, total - k.shape[2]))
-        if found is None:
-            return None
-        out = found.transpose(1, 2).contiguous(), None
-    return out
+    repeated = fit_rows(generation.ids_here, own.ids.shape[0])
+    return torch.equal(own.ids_here[:, :most], repeated[:, :most])
 
 
 @dataclass(eq=False)
@@ -442,6 +453,8 @@ class Forward:
     acting: dict[int, tuple[Entry, ...]]
     written: dict[int, tuple[Entry, WrittenRow]] | None = None
     known: dict[Any, Spans] = field(default_factory=dict)
+    stocks: dict[Any, Stock] = field(default_factory=dict)
+    reading: dict[Entry, Reading | None] = field(default_factory=dict)
     stream: Tensor | None = None  # what the layer under way reads
 
     def heard(self, cache: Any) -> Heard:
@@ -453,10 +466,9 @@ class Forward:
         self, site: int, module: nn.Module, call: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Tensor, Tensor | None]:
         """Run the attention plane of one site."""
-        q, k, v, mask = call
         known = None if self.written is None else self.written.get(site)
         if known is not None:
-            row = _written(known[1], self.past + 1, module, call, kwargs)
+            row = self._write(known[1], module, call, kwargs)
             if row is not None:
                 known[0].calls[site] += 1
                 return row
@@ -464,28 +476,92 @@ class Forward:
         if rest is None:
             rest = tuple(e for e in self.active if e.wants(site, self.rows))
             self.acting[site] = rest
+        stock = self._stock(module)
         if not rest:
-            out: tuple[Tensor, Tensor | None] = stock_attention(module)(module, *call, **kwargs)
+            out: tuple[Tensor, Tensor | None] = stock.run(module, *call, **kwargs)
             return out
-        base, causal, plain = primitive(module, mask, kwargs)
+        reading = self.reading.get(rest[0]) if len(rest) == 1 else None
+        if reading is not None and stock.plain(kwargs):
+            read = self._read(rest[0], reading, stock, site, module, call, kwargs)
+            if read is not None:
+                rest[0].calls[site] += 1
+                return read, None
+        q, k, v, mask = call
         made = AttentionCall.quick(
             {
                 "q": q, "k": k, "v": v, "mask": mask, "scale": kwargs.get("scaling"),
-                "is_causal": causal and q.shape[2] > 1, "enable_gqa": q.shape[1] != k.shape[1],
+                "is_causal": stock.causal(module, mask, kwargs) and q.shape[2] > 1,
+                "enable_gqa": q.shape[1] != k.shape[1],
                 "site": self.binding.sites[site], "rows": self.rows, "step": self.step,
-                "index": 0, "spans_of": self._spans, "base": base, "rest": rest,
+                "index": 0, "spans_of": self._spans,
+                "base": primitive(stock, module, mask, kwargs), "rest": rest,
                 "heads": _NO_HEADS, "state": None, "run": self.sequence.run, "role": "",
-                "residual": self._residual(), "every_head": False, "plain": plain, "part": _ALL,
+                "residual": self._residual(), "every_head": False,
+                "plain": stock.plain(kwargs), "part": _ALL,
             }
         )  # fmt: skip
         if len(rest) > 1:
             return made.proceed().transpose(1, 2).contiguous(), None
-        new = rest[0].attend_alone(made)
+        entry, made = rest[0], rest[0].alone(made)
+        if self._learn(entry, site, made):
+            return self.attend(site, module, call, kwargs)
+        return entry.attend_alone(made).transpose(1, 2).contiguous(), None
+
+    def _learn(self, entry: Entry, site: int, call: AttentionCall) -> bool:
+        """Ask a control, once, what it does here and later; whether it says."""
         if self.written is not None:
-            later = rest[0].control.written(made)
-            if later is not None:
-                self.written[site] = rest[0], later
-        return new.transpose(1, 2).contiguous(), None
+            row = None if site in self.written else entry.control.written(call)
+            if row is not None:
+                self.written[site] = entry, row
+            return row is not None
+        if entry in self.reading:
+            return False
+        self.reading[entry] = entry.control.reading(call)
+        return self.reading[entry] is not None
+
+    def _write(
+        self,
+        row: WrittenRow,
+        module: nn.Module,
+        call: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """Run what is known to be done to a written token, past the stack; None if it declines."""
+        if row is STOCK:
+            out: tuple[Tensor, Tensor | None] = self._stock(module).run(module, *call, **kwargs)
+            return out
+        q, k, v, mask = call
+        first = max(0, self.past + 1 - k.shape[2])
+        found = row(q, k, v, mask, kwargs.get("scaling"), first)
+        return None if found is None else (found.transpose(1, 2).contiguous(), None)
+
+    def _read(
+        self, entry: Entry, reading: Reading, stock: Stock, site: int, module: nn.Module,
+        call: tuple[Any, ...], kwargs: dict[str, Any],
+    ) -> Tensor | None:  # fmt: skip
+        """Run what is known to be done to a prompt, past the stack; None if it declines."""
+        q, k, v, mask = call
+        heads = None if site in entry.entire else entry.selection[site]
+
+        def run() -> Tensor:
+            out: Tensor = stock.run(module, q, k, v, mask, **kwargs)[0]
+            return out
+
+        return reading(
+            PromptCall(
+                site, q, k, v, mask, kwargs.get("scaling"),
+                q.shape[2] > 1 and stock.causal(module, mask, kwargs), self._residual(), heads,
+                run,
+            )
+        )  # fmt: skip
+
+    def _stock(self, module: nn.Module) -> Stock:
+        """Return a module's own attention."""
+        at = id(module.__dict__["config"]), module.__class__
+        found = self.stocks.get(at)
+        if found is None:
+            found = self.stocks[at] = Stock.of(module)
+        return found
 
     def _residual(self) -> Residual | None:
         if self.stream is None:

@@ -14,7 +14,13 @@ from ..records import Site
 from ..sites import Sites
 from .adopt import original_class
 
-__all__ = ["attention_forward", "decoder_of", "discover_decoder", "is_language_model"]
+__all__ = [
+    "attention_forward",
+    "decoder_of",
+    "discover_decoder",
+    "is_language_model",
+    "speaker_of",
+]
 
 _LIST = ".layers."
 
@@ -52,6 +58,14 @@ def decoder_of(module: nn.Module) -> nn.Module:
     """
     path = "." + _attentions(module)[0][0]
     return module.get_submodule(path[: path.rindex(_LIST)].lstrip("."))
+
+
+def speaker_of(model: Any) -> Any:
+    """Return the language model that generates for a whole one, from embeddings; None if none.
+
+    Models with a Q-Former work so: what they give to `generate` is made into embeddings.
+    """
+    return getattr(model, "language_model", None) if hasattr(model, "qformer") else None
 
 
 def attention_forward(attention: nn.Module) -> Callable[..., Any]:

@@ -20,7 +20,7 @@ from ..errors import HostError
 from ..records import LogitsCall, Step
 from .adopt import PREFIX, original_class
 from .vlm_stream import Stream
-from .vlm_tokens import Sequence, image_ids, marks_of
+from .vlm_tokens import Sequence, fit_rows, image_ids, marks_of
 
 if TYPE_CHECKING:
     from ..stack import Entry
@@ -79,7 +79,7 @@ def check_speaker(model: Any, control: Any) -> None:
     """Refuse models whose calls return no logits that `generate` would use.
 
     Raises:
-        HostError: without a language head, and where another model does the generating.
+        HostError: without a language head.
     """
     name = "nothing" if model is None else original_class(model).__name__
     if model is None or getattr(model, "get_output_embeddings", lambda: None)() is None:
@@ -87,16 +87,12 @@ def check_speaker(model: Any, control: Any) -> None:
             f"{control} changes the logits of the next token, and {name} returns none: patch the "
             "whole model with its language head, such as LlavaForConditionalGeneration"
         )
-    if hasattr(model, "qformer"):
-        raise HostError(
-            f"{control} is not supported on {name}: its language model generates from embeddings "
-            "that a second pass cannot make anew. Attention controls work on it"
-        )
 
 
 def speak(
     model: Any,
     heard: Heard,
+    called: Any,
     given: tuple[tuple[Any, ...], dict[str, Any]],
     prompt: Prompt | None,
     out: Any,
@@ -107,6 +103,7 @@ def speak(
     Args:
         model: the whole model.
         heard: what its decoder read.
+        called: the model whose call this is: that one, or the one inside that generates for it.
         given: arguments of the call.
         prompt: of the generation under way, None outside of `generate`.
         out: the model's own output.
@@ -127,7 +124,7 @@ def speak(
         _follow_beams(heard.cache)
     last = logits[:, -1].to(torch.promote_types(logits.dtype, torch.float32))
     fused = LogitsCall(
-        inputs=_inputs(model, given, heard, prompt),
+        inputs=_inputs(model, called, given, heard, prompt),
         images=image_ids(model.config),
         marks=marks_of(model.config),
         past=heard.past,
@@ -153,7 +150,8 @@ def _second(
         if keeps_few:
             switches["logits_to_keep"] = 1
         made = run({**changed, **switches, "return_dict": True}, controlled)
-        logits, new = made.logits[:, -1].to(last.dtype), getattr(made, "past_key_values", None)
+        inner = getattr(made, "language_model_outputs", made)  # of models with a Q-Former
+        logits, new = made.logits[:, -1].to(last.dtype), getattr(inner, "past_key_values", None)
         times = last.shape[0] // logits.shape[0]
         if times > 1:
             logits = logits.repeat_interleave(times, dim=0)
@@ -171,16 +169,21 @@ def _parameters(model: Any) -> Any:
 
 def _inputs(
     model: Any,
+    called: Any,
     given: tuple[tuple[Any, ...], dict[str, Any]],
     heard: Heard,
     prompt: Prompt | None,
 ) -> dict[str, Any]:
     """Return a call's arguments by name, with a flat padding mask; of a prompt one row each."""
-    cls: Any = original_class(model)
+    cls: Any = original_class(called)
     bound = inspect.signature(cls.forward).bind(None, *given[0], **given[1]).arguments
     named = {**dict(list(bound.items())[1:]), **bound.get("kwargs", {})}
+    embeds = named.get("inputs_embeds")
     named = {k: v for k, v in named.items() if v is not None and k not in _SWITCHES}
     ids = named.get("input_ids")
+    if ids is None and called is not model and prompt is not None and not heard.past:
+        assert embeds is not None  # made of the prompt by the whole model
+        ids = named["input_ids"] = fit_rows(prompt.ids, embeds.shape[0])
     if ids is None:
         raise HostError(
             "a second pass needs the token ids of every forward, and this one was called with "

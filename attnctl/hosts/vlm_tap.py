@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as functional
@@ -24,7 +24,15 @@ from .vlm_discover import attention_forward
 if TYPE_CHECKING:
     from .vlm import DecoderBinding
 
-__all__ = ["NAME", "DecoderSite", "hook_site", "primitive", "stock_attention", "unhook_site"]
+__all__ = [
+    "NAME",
+    "DecoderSite",
+    "Stock",
+    "hook_site",
+    "primitive",
+    "stock_attention",
+    "unhook_site",
+]
 
 NAME = "attnctl"
 """Our entry in transformers' attention interface."""
@@ -149,20 +157,49 @@ def _attend(
     return binding.attend(ref.index, module, (query, key, value, attention_mask), kwargs)
 
 
-def primitive(
-    module: Any, mask: Tensor | None, kwargs: dict[str, Any]
-) -> tuple[Callable[..., Tensor], bool, bool]:
-    """Return the module's own attention as the `base` of a call, its `is_causal` and `plain`.
+class Stock(NamedTuple):
+    """The attention function that modules use without us.
 
     Args:
+        run: the function.
+        eager: whether it is the model's own eager one.
+    """
+
+    run: Callable[..., Any]
+    eager: bool
+
+    @classmethod
+    def of(cls, module: torch.nn.Module) -> Stock:
+        """Return that of a module; configs are slow to ask, once in a forward is enough."""
+        eager = module.__dict__["config"]._attn_implementation == "eager"
+        return cls(stock_attention(module), eager)
+
+    def plain(self, kwargs: dict[str, Any]) -> bool:
+        """Whether it is scaled_dot_product_attention and nothing else."""
+        if self.eager or kwargs.get("dropout"):
+            return False
+        return kwargs.get("position_bias") is None
+
+    def causal(self, module: Any, mask: Tensor | None, kwargs: dict[str, Any]) -> bool:
+        """Whether it is asked to be causal without a mask."""
+        if mask is not None or self.eager:
+            return False
+        asked = kwargs.get("is_causal")
+        return bool(getattr(module, "is_causal", True) if asked is None else asked)
+
+
+def primitive(
+    stock: Stock, module: Any, mask: Tensor | None, kwargs: dict[str, Any]
+) -> Callable[..., Tensor]:
+    """Return the module's own attention as the `base` of a call.
+
+    Args:
+        stock: its function.
         module: the attention module.
         mask: the mask that the model gave.
         kwargs: what else the model gave.
     """
-    eager = module.__dict__["config"]._attn_implementation == "eager"
-    asked = kwargs.get("is_causal")
-    causal = bool(getattr(module, "is_causal", True) if asked is None else asked)
-    causal = causal and mask is None and not eager
+    causal = stock.causal(module, mask, kwargs)
 
     def base(q: Tensor, k: Tensor, v: Tensor, m: Any, s: Any, c: bool, gqa: bool) -> Tensor:
         if q.shape[1] != k.shape[1] * getattr(module, "num_key_value_groups", 1):  # some heads
@@ -172,10 +209,9 @@ def primitive(
         given = {**kwargs, "scaling": s}
         if m is not mask or c != causal:
             given["is_causal"] = c
-        if eager and m is not None and m.dtype == torch.bool:
+        if stock.eager and m is not None and m.dtype == torch.bool:
             m = torch.zeros_like(m, dtype=q.dtype).masked_fill(~m, torch.finfo(q.dtype).min)
-        out: Tensor = stock_attention(module)(module, q, k, v, m, **given)[0]
+        out: Tensor = stock.run(module, q, k, v, m, **given)[0]
         return out.transpose(1, 2)
 
-    plain = not eager and not kwargs.get("dropout") and kwargs.get("position_bias") is None
-    return base, causal, plain
+    return base

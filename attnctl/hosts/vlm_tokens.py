@@ -41,7 +41,7 @@ def marks_of(config: Any) -> tuple[int, ...]:
 
 
 def label(ids: Tensor, mask: Tensor | None, images: tuple[int, ...]) -> Tensor:
-    """Return labels [B, N] of a prompt.
+    """Return labels [B, N] of a prompt, where its ids are.
 
     Args:
         ids: [B, N] token ids.
@@ -59,7 +59,7 @@ class Sequence:
     """What is known of the sequences in one cache; goes where the cache goes.
 
     Args:
-        labels: [B, P] of the prompt, None if its token ids were never seen.
+        labels: [B, P] of the prompt on the CPU, None if its token ids were never seen.
         prompt: tokens of the prompt, padding included.
         run: states of the controls.
         steps: forwards so far.
@@ -134,17 +134,17 @@ def tokens_of(
             "before it. Patch and call the whole model, with input_ids, from the prompt on"
         )
     total = past + nq
-    labels = fit_rows(_wide(sequence.labels.to(device), total), rows)
+    labels = fit_rows(_wide(sequence.labels, total), rows)
 
     def slots() -> Tensor:
-        return torch.arange(total, device=device)
+        return torch.arange(total, device=labels.device)
 
-    def written() -> Tensor:
+    def answered() -> Tensor:
         return (slots() >= sequence.prompt).expand(rows, -1)
 
     def role_of(role: str) -> Tensor:
         if role == "question":
-            return (labels == _TEXT) & ~written() & (_images_after(labels) == 0)
+            return (labels == _TEXT) & ~answered() & (_images_after(labels) == 0)
         value = {"image": _IMAGE, "text": _TEXT, "pad": _PAD}[role]
         return labels == value
 
@@ -153,7 +153,7 @@ def tokens_of(
         return found[:, past:]
 
     def among_all(role: str) -> Tensor:
-        return written() if role == "answer" else role_of(role)
+        return answered() if role == "answer" else role_of(role)
 
     def keys(role: str) -> Tensor:
         found = among_all(role)
@@ -161,7 +161,8 @@ def tokens_of(
             return found[:, total - nk :]
         return torch.nn.functional.pad(found, (0, nk - total))
 
-    return Tokens(queries, keys, among_all, max(0, total - nk), past >= sequence.prompt)
+    written = past >= sequence.prompt
+    return Tokens(queries, keys, among_all, max(0, total - nk), written, device)
 
 
 def _images_after(labels: Tensor) -> Tensor:

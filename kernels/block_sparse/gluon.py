@@ -12,12 +12,11 @@ from torch import Tensor
 
 from .mask import BlockMask
 from .reference import block_sparse_reference
+from .tiles import gluon_stages
 
 __all__ = ["block_sparse_gluon", "why_not"]
 
 _BLOCK = 128
-_STAGES = {64: 4, 128: 2}
-"""Blocks of keys and of values in shared memory, by head dim."""
 OPTIONS = {"num_warps": 4, "maxnreg": 168}
 """Warps of the first consumer, and registers of a thread at launch (of 12 warps in all)."""
 
@@ -30,7 +29,7 @@ def constants(width: int, parts: bool) -> dict[str, Any]:
         parts: whether the mask has partial blocks.
     """
     # 240 registers for the second consumer; the first gets what is left, as many
-    stages = _STAGES[width]
+    stages = gluon_stages()[width]
     return {"BLOCK": _BLOCK, "D": width, "PARTS": parts, "STAGES": stages, "REGISTERS": 240}
 
 
@@ -77,7 +76,7 @@ def why_not(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> str | None:
         return f"it is for Hopper (sm90), this GPU is sm{major}{minor}"
     if mask.block != _BLOCK:
         return f"it takes blocks of {_BLOCK}, got {mask.block}"
-    if q.shape[-1] not in _STAGES or v.shape[-1] != q.shape[-1]:
+    if q.shape[-1] not in gluon_stages() or v.shape[-1] != q.shape[-1]:
         return (
             f"it takes head dim 64 or 128 for keys and values, got {q.shape[-1]} and {v.shape[-1]}"
         )

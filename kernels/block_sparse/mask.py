@@ -41,8 +41,9 @@ class BlockMask:
         parts: the partial blocks; none is also in `lists`.
         part_bits: which bitmap each entry of `parts.idx` has, int32 [count].
         bits: int32 [U, block, block / 32]; bit j of word w of row i = key 32 w + j.
-        order: int32 [R], rows with most blocks first, as a kernel should take them; found if
-            not given.
+        order: int32 [R], in which a kernel should take the rows: those next to each other run
+            at the same time and should need the same keys. Rows with most blocks first if not
+            given.
     """
 
     nq: int
@@ -87,7 +88,14 @@ class BlockMask:
 
     @classmethod
     def of_lists(
-        cls, lists: RowLists, nq: int, nk: int, block: int = 128, *, check: bool = True
+        cls,
+        lists: RowLists,
+        nq: int,
+        nk: int,
+        block: int = 128,
+        *,
+        order: Tensor | None = None,
+        check: bool = True,
     ) -> BlockMask:
         """Return the mask with these full blocks and no partial ones.
 
@@ -96,11 +104,12 @@ class BlockMask:
             nq: queries.
             nk: keys.
             block: size of a block.
+            order: int32 [R], in which a kernel should take the rows.
             check: False for lists that are right by construction, to save the time.
         """
         parts = RowLists.empty(*lists.counts.shape)
         none = torch.zeros(0, dtype=torch.int32)
-        mask = cls(nq, nk, block, lists, parts, none, none.view(0, block, block // 32))
+        mask = cls(nq, nk, block, lists, parts, none, none.view(0, block, block // 32), order)
         if check:
             mask.check()
         return mask
@@ -155,7 +164,9 @@ class BlockMask:
         lists, _ = self.lists.take_heads(heads)
         parts, mine = self.parts.take_heads(heads)
         part_bits = self.part_bits[mine]
-        return BlockMask(self.nq, self.nk, self.block, lists, parts, part_bits, self.bits)
+        return BlockMask(
+            self.nq, self.nk, self.block, lists, parts, part_bits, self.bits, self.order
+        )
 
     # -- what it says --------------------------------------------------------------------
 
@@ -246,6 +257,7 @@ class BlockMask:
                     self.nq, self.nk, self.block,
                     self.lists.to(device), self.parts.to(device),
                     self.part_bits.to(device), self.bits.to(device),
+                    None if self.order is None else self.order.to(device),
                 )  # fmt: skip
         return self._moved[device]
 
@@ -261,6 +273,13 @@ class BlockMask:
             raise ValueError(
                 f"lists are for {tuple(self.lists.ptr.shape[:2])} batch entries and heads, parts "
                 f"for {tuple(self.parts.ptr.shape[:2])}"
+            )
+        order = self.order
+        assert order is not None
+        if order.dtype != torch.int32 or sorted(order.tolist()) != list(range(self.rows)):
+            raise ValueError(
+                f"order is {order.dtype} {tuple(order.shape)}, expected torch.int32 with each of "
+                f"the {self.rows} rows once"
             )
         words = (self.block, self.block // 32)
         if self.bits.dtype != torch.int32 or self.bits.shape[1:] != words:

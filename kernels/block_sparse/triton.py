@@ -2,14 +2,17 @@
 
 One program computes BM queries of one head. It walks along the list of its row of blocks: full
 blocks without any mask, then the block that reaches past the sequence, then partial blocks
-with their bitmaps. Rows with most blocks start first. Every output is written by one program
-in a fixed order, so that results are the same bit for bit from run to run.
+with their bitmaps. Rows start in the order that the mask gives. Every output is written by one
+program in a fixed order, so that results are the same bit for bit from run to run.
+
+Within a program the tensor cores wait for the weights, and the other units for the products;
+two programs on a multiprocessor fill each other's gaps. Tiles are cut so that two fit.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -18,41 +21,9 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .mask import BlockMask
+from .tiles import Tiles, gpu_name, tiles_for
 
-__all__ = ["INTERPRETED", "Tiles", "block_sparse_triton", "tiles_for"]
-
-
-class Tiles(NamedTuple):
-    """How the kernel cuts its work.
-
-    Args:
-        m: queries of a program; divides the block.
-        n: keys taken at once; divides the block.
-        warps: warps of a program.
-        stages: depth of the software pipeline.
-        descriptors: whether keys and values are loaded by tensor descriptors (TMA on sm90).
-    """
-
-    m: int
-    n: int
-    warps: int
-    stages: int
-    descriptors: bool
-
-
-def tiles_for(width: int, block: int, dtype: torch.dtype, hopper: bool) -> Tiles:
-    """Return the tiles for a padded head dim, chosen to fit the shared memory.
-
-    Args:
-        width: head dim, rounded up to a power of two.
-        block: size of a block.
-        dtype: of the queries.
-        hopper: whether the GPU has TMA.
-    """
-    large = width > 128 or dtype == torch.float32
-    m, n = (64, 32) if large else (128, 128 if hopper else 64)
-    m, n = min(m, block), min(n, block)
-    return Tiles(m, n, 8 if m == 128 else 4, 2, hopper and dtype != torch.float32)
+__all__ = ["INTERPRETED", "block_sparse_triton"]
 
 
 @triton.jit
@@ -79,22 +50,30 @@ def _load_tile(
 
 
 @triton.jit
-def _update(b_s, b_v, acc, m, total, MASKED: tl.constexpr):
-    """Take logits [BM, BN] (in units of log 2) and values into the running softmax."""
+def _update(b_s, b_v, acc, m, total, scale, MASKED: tl.constexpr):
+    """Take products [BM, BN] of queries and keys, and values, into the running softmax.
+
+    The maximum is that of the products, before the scale: scale and difference are then one
+    instruction.
+    """
     m_new = tl.maximum(m, tl.max(b_s, 1))
     if MASKED:  # a row may have no key so far: keep -inf - (-inf) out
-        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+        m_scaled = tl.where(m_new == float("-inf"), 0.0, m_new) * scale
     else:
-        m_safe = m_new
-    b_p = tl.exp2(b_s - m_safe[:, None])
-    shrink = tl.exp2(m - m_safe)
+        m_scaled = m_new * scale
+    b_p = tl.exp2(b_s * scale - m_scaled[:, None])
+    shrink = tl.exp2(m * scale - m_scaled)
     total = total * shrink + tl.sum(b_p, 1)
     acc = acc * shrink[:, None]
     acc = tl.dot(b_p.to(b_v.dtype), b_v, acc, input_precision="ieee")
     return acc, m_new, total
 
 
-@triton.jit
+_SIZES = ["list_b", "list_h", "n_heads", "group", "n_q", "n_k"]
+"""Arguments of any value: compiled once for all shapes."""
+
+
+@triton.jit(do_not_specialize=_SIZES)
 def block_sparse_fwd_kernel(
     Q, K, V, Out, Lse, ListPtr, ListIdx, PartPtr, PartIdx, PartBits, Bits, Order,
     sq_b, sq_h, sq_n, sk_b, sk_h, sk_n, sv_b, sv_h, sv_n, so_b, so_h, so_n,
@@ -103,7 +82,7 @@ def block_sparse_fwd_kernel(
     D: tl.constexpr, DP: tl.constexpr,
     DESCRIPTORS: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Write output and log-sum-exp of BM queries of one head."""
+    """Write output and log-sum-exp of BM queries of one head; scale is in units of log 2."""
     SUB: tl.constexpr = BLOCK // BN
     i_m, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_kv = i_h // group
@@ -132,17 +111,17 @@ def block_sparse_fwd_kernel(
     for i in tl.range(0, (whole - begin) * SUB, num_stages=STAGES):
         start = tl.load(ListIdx + begin + i // SUB) * BLOCK + (i % SUB) * BN
         b_k = _load_tile(K, i_b, i_kv, start, sk_b, sk_h, sk_n, n_k, BN, D, DP, DESCRIPTORS, False)
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
         b_v = _load_tile(V, i_b, i_kv, start, sv_b, sv_h, sv_n, n_k, BN, D, DP, DESCRIPTORS, False)
-        acc, m, total = _update(b_s, b_v, acc, m, total, False)
+        acc, m, total = _update(b_s, b_v, acc, m, total, scale, False)
 
     for i in range(0, (end - whole) * SUB):
         start = last * BLOCK + i * BN
         b_k = _load_tile(K, i_b, i_kv, start, sk_b, sk_h, sk_n, n_k, BN, D, DP, DESCRIPTORS, True)
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
         b_s = tl.where((start + o_n < n_k)[None, :], b_s, float("-inf"))
         b_v = _load_tile(V, i_b, i_kv, start, sv_b, sv_h, sv_n, n_k, BN, D, DP, DESCRIPTORS, True)
-        acc, m, total = _update(b_s, b_v, acc, m, total, True)
+        acc, m, total = _update(b_s, b_v, acc, m, total, scale, True)
 
     if PARTS:
         begin, end = tl.load(PartPtr + at), tl.load(PartPtr + at + 1)
@@ -153,22 +132,23 @@ def block_sparse_fwd_kernel(
             b_k = _load_tile(
                 K, i_b, i_kv, start, sk_b, sk_h, sk_n, n_k, BN, D, DP, DESCRIPTORS, True
             )
-            b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale
+            b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
             tile = tl.load(PartBits + entry).to(tl.int64) * (BLOCK * BLOCK // 32)
             o_row = within + tl.arange(0, BM)
-            o_word = (column + o_n) // 32
-            word = tl.load(Bits + tile + o_row[:, None] * (BLOCK // 32) + o_word[None, :])
-            allowed = ((word >> (o_n % 32)[None, :]) & 1) != 0  # [BM, BN]
+            o_word = column // 32 + tl.arange(0, BN // 32)
+            words = tl.load(Bits + tile + o_row[:, None] * (BLOCK // 32) + o_word[None, :])
+            words = tl.broadcast_to(words[:, :, None], BM, BN // 32, 32).reshape(BM, BN)
+            allowed = ((words >> (o_n % 32)[None, :]) & 1) != 0
             b_s = tl.where(allowed & (start + o_n < n_k)[None, :], b_s, float("-inf"))
             b_v = _load_tile(
                 V, i_b, i_kv, start, sv_b, sv_h, sv_n, n_k, BN, D, DP, DESCRIPTORS, True
             )
-            acc, m, total = _update(b_s, b_v, acc, m, total, True)
+            acc, m, total = _update(b_s, b_v, acc, m, total, scale, True)
 
     kept = total > 0.0
     norm = tl.where(kept, total, 1.0)
     b_o = acc / norm[:, None]
-    lse = tl.where(kept, (m + tl.log2(norm)) * 0.6931471805599453, float("-inf"))
+    lse = tl.where(kept, (m * scale + tl.log2(norm)) * 0.6931471805599453, float("-inf"))
     head_out = i_b.to(tl.int64) * so_b + i_h.to(tl.int64) * so_h
     p_o = Out + head_out + o_m[:, None].to(tl.int64) * so_n + o_d[None, :]
     tl.store(p_o, b_o.to(Out.dtype.element_ty), mask=m_q)
@@ -198,10 +178,12 @@ def block_sparse_triton(
         scale: factor on the logits.
         tiles: how to cut the work, None for what suits the GPU.
     """
+    if scale <= 0:  # the kernel takes the maximum before it scales
+        q, scale = (-q, -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
     q, k, v = (_rows_contiguous(x) for x in (q, k, v))
     batch, heads, n_q, width = q.shape
     padded = max(16, triton.next_power_of_2(width))
-    tiles = tiles or tiles_for(padded, mask.block, q.dtype, _has_tma(q))
+    tiles = tiles or tiles_for(padded, mask.block, q.dtype, gpu_name(q.device))
     if not (_describable(k) and _describable(v)):
         tiles = tiles._replace(descriptors=False)
     out = torch.empty_like(q)
@@ -217,17 +199,13 @@ def block_sparse_triton(
         list_b, list_h, heads, heads // k.shape[1], n_q, k.shape[2], scale * math.log2(math.e),
         BLOCK=mask.block, BM=tiles.m, BN=tiles.n, D=width, DP=padded,
         DESCRIPTORS=tiles.descriptors, PARTS=len(mask.parts.idx) > 0, STAGES=tiles.stages,
-        num_warps=tiles.warps, num_stages=tiles.stages,
+        num_warps=tiles.warps, num_stages=tiles.stages, maxnreg=tiles.registers,
     )  # fmt: skip
     return out, lse
 
 
 def _rows_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _has_tma(q: Tensor) -> bool:
-    return q.is_cuda and torch.cuda.get_device_capability(q.device)[0] >= 9
 
 
 def _describable(x: Tensor) -> bool:

@@ -1,6 +1,6 @@
 """Attention that treats a few groups of keys differently: masses, parts, factors, edited rows."""
 
-from .api import codes_fit, edit_rows, edited_row, rows_fit, sink_codes
+from .api import codes_fit, edit_rows, edited_row, rows_fit, sink_codes, with_edited_rows
 from .edit import Edit, Rows
 from .reference import (
     group_attention,
@@ -23,4 +23,5 @@ __all__ = [
     "row_probabilities",
     "rows_fit",
     "sink_codes",
+    "with_edited_rows",
 ]

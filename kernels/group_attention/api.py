@@ -9,16 +9,22 @@ from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .edit import Edit, Rows
+from .edit import DTYPES, Edit, Rows
 
-__all__ = ["codes_fit", "edit_rows", "edited_row", "rows_fit", "sink_codes"]
-
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+__all__ = [
+    "codes_fit",
+    "edit_rows",
+    "edited_row",
+    "rows_fit",
+    "sink_codes",
+    "with_edited_rows",
+]
 
 
 @functools.cache
@@ -49,18 +55,16 @@ def rows_fit(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
         v: [B, Hkv, Nk, Dv].
         mask: as of scaled_dot_product_attention.
     """
-    if q.dtype not in _DTYPES or q.shape[3] > 256 or v.shape[3] != q.shape[3]:
+    kernels = _kernels(q.device)
+    if kernels is None or _graph_wanted(q, k, v):
         return False
-    if not q.dtype == k.dtype == v.dtype or q.stride(3) + k.stride(3) + v.stride(3) != 3:
-        return False
-    if mask is not None and (mask.ndim != 4 or mask.stride(3) != 1 or mask.shape[3] != k.shape[2]):
-        return False
-    return _kernels(q.device) is not None and not _graph_wanted(q, k, v)
+    fit: bool = kernels.tensors_fit(q, k, v, mask)
+    return fit
 
 
 def edited_row(
     q: Tensor, k: Tensor, v: Tensor, edit: Edit, mask: Tensor | None, scale: float | None
-) -> Tensor:
+) -> Tensor | None:
     """Return the attention of single queries with their weights edited.
 
     Args:
@@ -72,12 +76,16 @@ def edited_row(
         scale: factor on the logits, None for 1/sqrt(D).
 
     Returns:
-        [B, H, 1, D]; a view of a tensor in the layout [B, 1, H, D].
+        [B, H, 1, D], a view of a tensor in the layout [B, 1, H, D]; None where the kernel cannot
+        take the call.
     """
+    call = _call(q, k, v, None, edit, None, mask, scale, False)
+    if call is None:
+        return None
     batch, heads, _, width = q.shape
-    out = q.new_empty((batch, 1, heads, width)).transpose(1, 2)
-    _run(q, k, v, out, edit, None, mask, scale, False)
-    return out
+    out = q.new_empty((batch, 1, heads, width))
+    _start(call, q, k, v, out, edit, None, mask)
+    return out.transpose(1, 2)
 
 
 def edit_rows(
@@ -105,31 +113,97 @@ def edit_rows(
         mask: bool (True = may attend) or additive float [B or 1, H or 1, Nq or 1, Nk].
         scale: factor on the logits, None for 1/sqrt(D).
         causal: whether query i sees the keys up to i only.
+
+    Raises:
+        ValueError: if the kernel cannot take the call (`rows_fit`).
     """
-    if rows.columns.shape[0]:
-        _run(q, k, v, out, edit, rows, mask, scale, causal)
-
-
-def _run(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, edit: Edit, rows: Rows | None,
-    mask: Tensor | None, scale: float | None, causal: bool,
-) -> None:  # fmt: skip
-    scale = q.shape[3] ** -0.5 if scale is None else scale
-    launch = _kernels(q.device).edited_rows_triton
-    if not q.is_cuda or q.device.index == torch.cuda.current_device():
-        launch(q, k, v, out, edit, rows, mask, scale, causal)
+    if not rows.columns.shape[0]:
         return
-    with torch.cuda.device_of(q):  # a kernel starts on the current GPU
-        launch(q, k, v, out, edit, rows, mask, scale, causal)
+    call = _call(q, k, v, out.stride()[:3], edit, rows, mask, scale, causal)
+    if call is None:
+        raise ValueError("the kernel cannot take this call: ask rows_fit first")
+    _start(call, q, k, v, out, edit, rows, mask)
+
+
+def with_edited_rows(
+    stock: Callable[[], Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    edit: Edit,
+    rows: Rows,
+    mask: Tensor | None,
+    scale: float | None,
+    causal: bool,
+) -> Tensor | None:
+    """Return attention with some rows edited, from a function that computes it for all.
+
+    Args:
+        stock: returns the attention [B, Nq, H, D] of all queries.
+        q: as in `edit_rows`, like the others.
+        k: [B, Hkv, Nk, D].
+        v: [B, Hkv, Nk, D].
+        edit: the edit.
+        rows: the queries.
+        mask: bool or additive float.
+        scale: factor on the logits.
+        causal: whether query i sees the keys up to i only.
+
+    Returns:
+        [B, Nq, H, D]; None, with `stock` not called, where the kernel cannot take the call.
+    """
+    if not rows.columns.shape[0]:
+        return stock()
+    call = _call(q, k, v, None, edit, rows, mask, scale, causal)
+    if call is None:
+        return None
+    out = stock().contiguous()
+    _start(call, q, k, v, out, edit, rows, mask)
+    return out
+
+
+def _call(
+    q: Tensor, k: Tensor, v: Tensor, steps: Any, edit: Edit, rows: Rows | None,
+    mask: Tensor | None, scale: float | None, causal: bool,
+) -> Any:  # fmt: skip
+    kernels = _kernels(q.device)
+    if kernels is None or _graph_wanted(q, k, v):
+        return None
+    return kernels.rows_call(q, k, v, steps, edit, rows, mask, scale, causal)
+
+
+def _start(call: Any, q: Tensor, *rest: Any) -> None:
+    if _is_here(q):
+        call(q, *rest)
+        return
+    with torch.cuda.device_of(q):
+        call(q, *rest)
+
+
+@functools.cache
+def _several_gpus() -> bool:
+    return torch.cuda.device_count() > 1
+
+
+def _is_here(x: Tensor) -> bool:
+    """Whether a kernel on this tensor can be started at once: it starts on the current GPU."""
+    return not _several_gpus() or not x.is_cuda or x.device.index == torch.cuda.current_device()
 
 
 def codes_fit(hidden: Tensor) -> bool:
     """Whether `sink_codes` can take such a residual stream [B, N, width]."""
-    fits = hidden.dtype in _DTYPES and hidden.stride(2) == 1
+    fits = hidden.dtype in DTYPES and hidden.stride(2) == 1
     return fits and _kernels(hidden.device) is not None
 
 
-def sink_codes(hidden: Tensor, dims: Tensor, labels: Tensor, tau: float, limit: int) -> Tensor:
+def sink_codes(
+    hidden: Tensor,
+    dims: Tensor,
+    labels: Tensor,
+    tau: float,
+    limit: int,
+    out: Tensor | None = None,
+) -> Tensor:
     """Return the codes uint8 [B, N] of tokens: 1 text sink, 2 image sink, 3 other image, else 0.
 
     Args:
@@ -138,8 +212,14 @@ def sink_codes(hidden: Tensor, dims: Tensor, labels: Tensor, tau: float, limit: 
         labels: uint8 [B, N]: 0 text, 1 image, 2 padding, 3 image tokens that are never sinks.
         tau: least phi of a sink.
         limit: tokens from this one on are never sinks.
+        out: contiguous uint8 [B, N] to write them into; None for a new tensor.
     """
-    from .spikes import sink_codes_triton
-
+    if out is None:
+        out = torch.empty(hidden.shape[:2], dtype=torch.uint8, device=hidden.device)
+    find = _kernels(hidden.device).sink_codes_triton
+    if _is_here(hidden):
+        find(hidden, dims, labels, out, tau, limit)
+        return out
     with torch.cuda.device_of(hidden):
-        return sink_codes_triton(hidden, dims, labels, tau, limit)
+        find(hidden, dims, labels, out, tau, limit)
+    return out

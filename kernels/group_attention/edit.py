@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-__all__ = ["Edit", "Rows"]
+__all__ = ["DTYPES", "Edit", "Rows"]
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+"""What the kernels compute in."""
 
 
 class Edit(NamedTuple):

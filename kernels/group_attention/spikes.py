@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import MOST_KNOWN, Launch
+
 __all__ = ["sink_codes_triton"]
 
 
-@triton.jit(do_not_specialize=["n_tokens", "limit"])
+@triton.jit(
+    do_not_specialize=["limit", "sl_b", "n_tokens"],
+    do_not_specialize_on_alignment=["Dims", "Labels", "Codes"],
+)
 def sink_codes_kernel(
-    X, Dims, Labels, Codes, sx_b, sx_n, sl_b, n_tokens, limit, tau, tiny,
+    X, Dims, Labels, Codes, limit, tau, sx_b, sx_n, sl_b, n_tokens, tiny,
     N_DIMS: tl.constexpr, WIDTH: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Write the code of one token."""
@@ -35,23 +42,36 @@ def sink_codes_kernel(
 
 
 def sink_codes_triton(
-    hidden: Tensor, dims: Tensor, labels: Tensor, tau: float, limit: int
-) -> Tensor:
-    """Return the codes uint8 [B, N] of tokens: 1 text sink, 2 image sink, 3 other image, else 0.
+    hidden: Tensor, dims: Tensor, labels: Tensor, out: Tensor, tau: float, limit: int
+) -> None:
+    """Write the codes of tokens: 1 text sink, 2 image sink, 3 other image token, else 0.
 
     Args:
         hidden: [B, N, width], what a layer reads, unit stride last.
         dims: the sink dimensions, a whole-number tensor.
         labels: uint8 [B, N]: 0 text, 1 image, 2 padding, 3 image tokens that are never sinks.
+        out: uint8 [B, N], contiguous.
         tau: least phi of a sink.
         limit: tokens from this one on are never sinks.
     """
-    batch, n, width = hidden.shape
-    codes = torch.empty((batch, n), dtype=torch.uint8, device=hidden.device)
-    sink_codes_kernel[(n, batch)](
-        hidden, dims, labels, codes, *hidden.stride()[:2], labels.stride(0), n, limit, tau,
-        torch.finfo(torch.float32).tiny,
-        N_DIMS=dims.shape[0], WIDTH=width, BS=triton.next_power_of_2(dims.shape[0]),
-        BD=min(1024, triton.next_power_of_2(width)),
+    kind = (
+        hidden.shape, hidden.stride(), hidden.dtype, hidden.device, labels.stride(), dims.shape,
     )  # fmt: skip
-    return codes
+    launch = _KNOWN.get(kind)
+    if launch is None:
+        batch, n, width = hidden.shape
+        if len(_KNOWN) >= MOST_KNOWN:
+            _KNOWN.clear()
+        launch = _KNOWN[kind] = Launch(
+            sink_codes_kernel, (n, batch, 1), (hidden.device, hidden.dtype, dims.dtype), 1,
+            hidden.stride()[:2], (labels.stride(0), n, torch.finfo(torch.float32).tiny),
+            {
+                "N_DIMS": dims.shape[0], "WIDTH": width,
+                "BS": triton.next_power_of_2(dims.shape[0]),
+                "BD": min(1024, triton.next_power_of_2(width)),
+            },
+        )  # fmt: skip
+    launch((hidden, dims, labels, out), limit, float(tau))
+
+
+_KNOWN: dict[Any, Launch] = {}

@@ -18,21 +18,29 @@ rows of long sequences are split over the keys; the parts are put together by a 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .edit import Edit, Rows
+from .edit import DTYPES, Edit, Rows
+from .launch import MOST_KNOWN, Launch
+from .spikes import sink_codes_triton
 
-__all__ = ["INTERPRETED", "edited_rows_triton"]
+__all__ = ["INTERPRETED", "RowsCall", "rows_call", "sink_codes_triton", "tensors_fit"]
 
-MOST_PROGRAMS = 128
-"""About one for each multiprocessor; fewer are split over the keys."""
+MOST_PROGRAMS, FEWEST_KEYS = 128, 1024
+"""For written tokens: programs are split over the keys up to so many (about one for each
+multiprocessor), while each has so many keys. The host is what is waited for there, and putting
+parts together is another launch."""
 
-FEWEST_KEYS = 1024
-"""Keys that a program should have at least when keys are split."""
+MOST_IN_PROMPT, FEWEST_IN_PROMPT = 512, 512
+"""The same for rows of a prompt, where long ones wait for the GPU."""
+
+MOST_ROWS, KEYS, WARPS = 16, 64, 4
+"""Rows of a program, keys that it takes at once, and its warps."""
 
 
 @triton.jit
@@ -46,20 +54,26 @@ def _finished(total, acc, sinks, others, text, image, rest, p, rho, least, free)
     return tl.where(chosen[:, None], moved, acc) / whole[:, None], chosen
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_k", "n_codes", "first", "so_s", "per_split"])
+@triton.jit(
+    do_not_specialize=[
+        "first", "sm_b", "sm_h", "sm_n", "sc_b", "n_rows", "n_k", "n_codes", "per_split",
+        "n_splits",
+    ],
+    do_not_specialize_on_alignment=["Columns", "Flags", "Codes", "Heads", "Mask"],
+)  # fmt: skip
 def edited_rows_kernel(
-    Q, K, V, Out, Parts, Columns, Flags, Codes, Heads, Mask,
+    Q, K, V, Out, Parts, Columns, Flags, Codes, Heads, Mask, first, strength, rho, least,
     sq_b, sq_h, sq_n, sk_b, sk_h, sk_n, sv_b, sv_h, sv_n, so_b, so_h, so_n,
-    sm_b, sm_h, sm_n, sc_b, n_rows, n_k, n_codes, first, per_split,
-    scale, strength, rho, least,
+    sm_b, sm_h, sm_n, sc_b, n_rows, n_k, n_codes, per_split, n_splits, scale,
     MOVE: tl.constexpr, ALONE: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr,
-    SOME: tl.constexpr, SPLIT: tl.constexpr, GROUP: tl.constexpr,
+    SPLIT: tl.constexpr, GROUP: tl.constexpr, SOME: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Compute BM rows of a key head: into Out, or if SPLIT a part of their keys into Parts."""
     i_m, i_kv, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    i_s = 0
     if SPLIT:
-        i_s, i_m = i_m, 0
+        i_s, i_m = i_m % n_splits, i_m // n_splits
     o_m = i_m * BM + tl.arange(0, BM)
     o_n = tl.arange(0, BN)
     o_d = tl.arange(0, DP)
@@ -89,7 +103,7 @@ def edited_rows_kernel(
         end = tl.minimum(n_k, tl.max(tl.where(valid, column, 0)) + 1)
     if SPLIT:
         begin = i_s * per_split
-        end = tl.minimum(n_k, begin + per_split)
+        end = tl.minimum(end, begin + per_split)
 
     m = tl.full([BM], float("-inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
@@ -144,7 +158,7 @@ def edited_rows_kernel(
 
     if SPLIT:
         n_heads = tl.num_programs(1) * GROUP
-        part = (i_b * n_heads + head) * tl.num_programs(0) + i_s
+        part = ((i_b * n_rows + row) * n_heads + head) * n_splits + i_s
         p_part = Parts + part.to(tl.int64) * (3 * DP + 8)
         p_acc = p_part[:, None] + o_d[None, :]
         tl.store(p_acc, acc, mask=valid[:, None])
@@ -173,17 +187,28 @@ def edited_rows_kernel(
         tl.store(p_o, b_o.to(Out.dtype.element_ty), mask=stored[:, None] & (o_d[None, :] < D))
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["n_splits"],
+    do_not_specialize_on_alignment=["Columns", "Flags", "Heads"],
+)
 def merge_parts_kernel(
-    Parts, Out, Heads, so_b, so_h, strength, rho, least, n_splits,
-    MOVE: tl.constexpr, SOME: tl.constexpr,
+    Parts, Out, Columns, Flags, Heads, strength, rho, least, so_b, so_h, so_n, n_splits,
+    MOVE: tl.constexpr, ALONE: tl.constexpr, SOME: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
-    """Put the parts of one head's single row together."""
-    i_h, i_b = tl.program_id(0), tl.program_id(1)
+    """Put the parts of one head's row together."""
+    i_h, i_r, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    n_rows = tl.num_programs(1)
     o_s, o_d = tl.arange(0, BS), tl.arange(0, DP)
     valid = o_s < n_splits
-    part = (i_b * tl.num_programs(0) + i_h) * n_splits + o_s
+    free = i_h >= 0
+    if SOME:
+        free = tl.load(Heads + i_h) != 0
+    stored = i_h >= 0
+    if not ALONE:
+        free = free & (tl.load(Flags + i_b * n_rows + i_r) != 0)
+        stored = free
+    part = ((i_b * n_rows + i_r) * tl.num_programs(0) + i_h) * n_splits + o_s
     p_part = Parts + part.to(tl.int64) * (3 * DP + 8)
     p_acc = p_part[:, None] + o_d[None, :]
     m = tl.load(p_part + 3 * DP, mask=valid, other=float("-inf"))
@@ -199,78 +224,154 @@ def merge_parts_kernel(
         text = tl.sum(weight * tl.load(p_part + 3 * DP + 2, mask=valid, other=0.0), 0)
         image = tl.sum(weight * tl.load(p_part + 3 * DP + 3, mask=valid, other=0.0), 0)
         rest = tl.sum(weight * tl.load(p_part + 3 * DP + 4, mask=valid, other=0.0), 0)
-        free = True
-        if SOME:
-            free = tl.load(Heads + i_h) != 0
         one = tl.zeros([1], tl.float32)
-        b_o, _ = _finished(
+        b_o, chosen = _finished(
             one + total, acc[None, :], sinks[None, :], others[None, :],
             one + text, one + image, one + rest, strength, rho, least, free,
         )  # fmt: skip
         b_o = tl.sum(b_o, 0)
+        if not ALONE:
+            stored = tl.max(chosen.to(tl.int32), 0) != 0
     else:
         b_o = acc / tl.where(total > 0.0, total, 1.0)
     p_o = Out + i_b.to(tl.int64) * so_b + i_h.to(tl.int64) * so_h + o_d
-    tl.store(p_o, b_o.to(Out.dtype.element_ty), mask=o_d < D)
+    if not ALONE:
+        p_o += tl.load(Columns + i_r).to(tl.int64) * so_n
+    tl.store(p_o, b_o.to(Out.dtype.element_ty), mask=(o_d < D) & stored)
 
 
 INTERPRETED = not isinstance(edited_rows_kernel, triton.runtime.JITFunction)
 """Whether TRITON_INTERPRET was set when this file was imported, so that it runs on a CPU."""
 
 
-def edited_rows_triton(
+def rows_call(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    out: Tensor,
+    steps: tuple[int, ...] | None,
     edit: Edit,
     rows: Rows | None,
     mask: Tensor | None,
-    scale: float,
+    scale: float | None,
     causal: bool,
-) -> None:
-    """Write edited rows of attention into `out`; arguments as of `edited_rows_`."""
-    batch, heads, n_q, width = q.shape
-    n_kv, n_k = k.shape[1], k.shape[2]
-    group, codes, chosen = heads // n_kv, edit.codes, edit.heads
-    n_rows = 1 if rows is None else rows.columns.shape[0]
-    padded = max(16, triton.next_power_of_2(width))
-    kind = 0 if mask is None else 1 if mask.dtype == torch.bool else 2
-    sm = (0, 0, 0) if mask is None else _steps(mask)
-    splits = _splits(n_rows, group, n_kv * batch, n_k) if rows is None else 1
-    per_split, parts = n_k, out
-    if splits > 1:
-        per_split = 64 * triton.cdiv(n_k, 64 * splits)
-        splits = triton.cdiv(n_k, per_split)
-        shape = (batch, heads, splits, 3 * padded + 8)
-        parts = torch.empty(shape, dtype=torch.float32, device=q.device)
-    blocks = splits if splits > 1 else triton.cdiv(n_rows * group, 16)
-    edited_rows_kernel[(blocks, n_kv, batch)](
-        q, k, v, out, parts,
-        codes if rows is None else rows.columns, codes if rows is None else rows.flags,
-        codes, codes if chosen is None else chosen, codes if mask is None else mask,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *sm,
-        0 if codes.shape[0] == 1 else codes.stride(0),
-        n_rows, n_k, codes.shape[1], edit.first, per_split,
-        scale * math.log2(math.e), edit.strength, edit.rho, edit.least,
-        MOVE=edit.move, ALONE=rows is None, CAUSAL=causal and n_q > 1, MASK=kind,
-        SOME=chosen is not None, SPLIT=splits > 1, GROUP=group,
-        D=width, DP=padded, BM=16, BN=64 if padded <= 128 else 32,
+) -> RowsCall | None:
+    """Return what computes edited rows of such tensors, None if they do not fit the kernel.
+
+    Args:
+        q: [B, H, Nq, D].
+        k: [B, Hkv, Nk, D].
+        v: [B, Hkv, Nk, D].
+        steps: strides of the output's rows, heads and queries; None if it is contiguous in the
+            layout [B, Nq, H, D].
+        edit: the edit.
+        rows: the queries, None for a single one.
+        mask: as of scaled_dot_product_attention.
+        scale: factor on the logits, None for 1/sqrt(D).
+        causal: whether query i sees the keys up to i only.
+    """
+    codes = edit.codes
+    kind = (
+        q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), steps, q.dtype, k.dtype,
+        v.dtype, q.device, codes.shape, codes.stride(), edit.move, edit.heads is None, scale,
+        causal, None if rows is None else rows.columns.shape,
+        None if mask is None else (mask.dtype, mask.shape, mask.stride()),
     )  # fmt: skip
-    if splits > 1:
-        merge_parts_kernel[(heads, batch)](
-            parts, out, codes if chosen is None else chosen, *out.stride()[:2],
-            edit.strength, edit.rho, edit.least, splits,
-            MOVE=edit.move, SOME=chosen is not None,
-            D=width, DP=padded, BS=triton.next_power_of_2(splits),
+    found = _KNOWN.get(kind)
+    if found is None and tensors_fit(q, k, v, mask):
+        if len(_KNOWN) >= MOST_KNOWN:  # one more kind at each token
+            _KNOWN.clear()
+        found = _KNOWN[kind] = RowsCall(q, k, v, steps, edit, rows, mask, scale, causal)
+    return found
+
+
+_KNOWN: dict[Any, RowsCall] = {}
+
+
+def tensors_fit(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
+    """Whether the kernel can take tensors of such types and layouts."""
+    if q.dtype not in DTYPES or q.shape[3] > 256 or v.shape[3] != q.shape[3]:
+        return False
+    if not q.dtype == k.dtype == v.dtype or q.stride(3) + k.stride(3) + v.stride(3) != 3:
+        return False
+    if mask is None:
+        return True
+    return mask.ndim == 4 and mask.stride(3) == 1 and mask.shape[3] == k.shape[2]
+
+
+class RowsCall:
+    """The launches for tensors of certain shapes: made once for all layers of a model."""
+
+    def __init__(
+        self, q: Tensor, k: Tensor, v: Tensor, steps: tuple[int, ...] | None, edit: Edit,
+        rows: Rows | None, mask: Tensor | None, scale: float | None, causal: bool,
+    ) -> None:  # fmt: skip
+        batch, heads, n_q, width = q.shape
+        steps = (n_q * heads * width, width, heads * width) if steps is None else steps
+        scale = width**-0.5 if scale is None else scale
+        n_kv, n_k = k.shape[1], k.shape[2]
+        group, codes = heads // n_kv, edit.codes
+        n_rows = 1 if rows is None else rows.columns.shape[0]
+        padded = max(16, triton.next_power_of_2(width))
+        block = 16 if n_rows * group <= 16 else MOST_ROWS
+        blocks = triton.cdiv(n_rows * group, block)
+        splits = _splits(blocks * n_kv * batch, n_k, rows is not None)
+        per_split = 64 * triton.cdiv(n_k, 64 * splits) if splits > 1 else n_k
+        splits = triton.cdiv(n_k, per_split)
+        shape = (batch, n_rows, heads, splits, 3 * padded + 8)
+        self.parts = shape if splits > 1 else None
+        which = {"MOVE": edit.move, "ALONE": rows is None}
+        alike = {"SOME": edit.heads is not None, "D": width, "DP": padded}
+        kind = 0 if mask is None else 1 if mask.dtype == torch.bool else 2
+        types = (q.device, q.dtype, None if mask is None else mask.dtype)
+        sizes = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *steps)
+        step = 0 if codes.shape[0] == 1 else codes.stride(0)
+        seen = (0, 0, 0) if mask is None else _steps(mask)
+        self.attend = Launch(
+            edited_rows_kernel,
+            (blocks * splits, n_kv, batch),
+            types, 5, sizes,
+            (
+                *seen, step, n_rows, n_k, codes.shape[1], per_split, splits,
+                scale * math.log2(math.e),
+            ),
+            {
+                **which, "CAUSAL": causal and n_q > 1, "MASK": kind, "SPLIT": splits > 1,
+                "GROUP": group, **alike, "BM": block, "BN": KEYS if padded <= 128 else 32,
+            },
+            {"num_warps": WARPS},
         )  # fmt: skip
+        if splits > 1:
+            self.merge = Launch(
+                merge_parts_kernel, (heads, n_rows, batch), types, 2, steps, (splits,),
+                {**which, **alike, "BS": triton.next_power_of_2(splits)},
+            )  # fmt: skip
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, edit: Edit, rows: Rows | None,
+        mask: Tensor | None,
+    ) -> None:  # fmt: skip
+        """Write the rows into `out`, of the layout that was said."""
+        codes, columns, flags = edit.codes, edit.codes, edit.codes
+        if rows is not None:
+            columns, flags = rows
+        # whole numbers would be constants of the compiled kernel
+        numbers = edit.first, float(edit.strength), float(edit.rho), float(edit.least)
+        heads = codes if edit.heads is None else edit.heads
+        last = (columns, flags, codes, heads, codes if mask is None else mask)
+        if self.parts is None:
+            self.attend((q, k, v, out, out, *last), *numbers)
+            return
+        parts = torch.empty(self.parts, dtype=torch.float32, device=q.device)
+        self.attend((q, k, v, out, parts, *last), *numbers)
+        self.merge((parts, out, columns, flags, heads), *numbers[1:])
 
 
-def _splits(n_rows: int, group: int, heads: int, n_k: int) -> int:
-    """Return into how many parts the keys of a single row are split."""
-    if n_rows * group > 16:
-        return 1
-    return max(1, min(MOST_PROGRAMS // heads, n_k // FEWEST_KEYS))
+def _splits(programs: int, n_k: int, prompt: bool) -> int:
+    """Return into how many parts the keys are split."""
+    most, fewest = MOST_PROGRAMS, FEWEST_KEYS
+    if prompt:
+        most, fewest = MOST_IN_PROMPT, FEWEST_IN_PROMPT
+    return max(1, min(most // programs, n_k // fewest))
 
 
 def _steps(mask: Tensor) -> list[int]:

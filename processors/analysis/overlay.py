@@ -24,19 +24,25 @@ def coloured(values: np.ndarray) -> np.ndarray:
     return np.stack([np.interp(values, at, _STOPS[:, i]) for i in range(3)], axis=-1)
 
 
-def overlay(image: Image, heat: Tensor, strength: float = 0.75) -> Image:
+def overlay(
+    image: Image,
+    heat: Tensor,
+    strength: float = 0.75,
+    bounds: tuple[float, float] | None = None,
+) -> Image:
     """Return a picture in grey with a heat map over it.
 
     Args:
         image: the picture.
-        heat: [h, w], any size; its least value is shown coldest, its greatest hottest.
+        heat: [h, w], any size.
         strength: opacity of the map in [0, 1].
+        bounds: values shown coldest and hottest; None for the map's least and greatest.
     """
     from PIL import Image as Pictures
 
     values = heat.detach().float().cpu().numpy()
-    spread = values.max() - values.min()
-    values = (values - values.min()) / spread if spread > 0 else np.zeros_like(values)
+    low, high = bounds or (float(values.min()), float(values.max()))
+    values = (values - low) / (high - low) if high > low else np.zeros_like(values)
     smooth = Pictures.fromarray(values.astype(np.float32)).resize(
         image.size, Pictures.Resampling.BICUBIC
     )

@@ -67,7 +67,7 @@ class Heatmaps(Mapping[str, Tensor]):
         image: Image | None = None,
         strength: float = 0.75,
     ) -> Image:
-        """Return the map of a word over its picture.
+        """Return the map of a word over its picture; one scale for all frames of a video.
 
         Args:
             word: one of the words.
@@ -80,24 +80,51 @@ class Heatmaps(Mapping[str, Tensor]):
             OptionError: if there is no such word, or no picture.
         """
         heat = self[word][sample]
+        bounds = float(heat.min()), float(heat.max())
         heat = heat[frame] if heat.ndim == 3 else heat
         if image is None:
             image = self._picture(sample, frame)
-        return overlay(image, heat, strength)
+        return overlay(image, heat, strength, bounds)
+
+    def over_frame(
+        self, word: str, number: int, sample: int = 0, image: Image | None = None
+    ) -> Image:
+        """Return the nearest map of a word over a frame of the video: maps have fewer frames.
+
+        Args:
+            word: one of the words.
+            number: of the frame, counted on the video.
+            sample: which video of the batch.
+            image: another picture to lay it over, such as a smaller one.
+
+        Raises:
+            OptionError: if there is no such word, or the run made no pictures.
+        """
+        frames = self._frames(sample)
+        image = frames[number] if image is None else image
+        return self.overlay(word, sample, _nearest(number, len(frames), self.grid_frames), image)
+
+    @property
+    def grid_frames(self) -> int:
+        """Frames of the maps: 1 of pictures, for videos fewer than they have themselves."""
+        first = next(iter(self.maps.values()))
+        return int(first.shape[1]) if first.ndim == 4 else 1
 
     def _picture(self, sample: int, frame: int) -> Image:
+        frames = self._frames(sample)
+        return frames[_nearest(frame, self.grid_frames, len(frames))]
+
+    def _frames(self, sample: int) -> tuple[Image, ...]:
         if not self.images:
             raise OptionError(
                 "this run made no pictures (output_type); give one: overlay(word, image=...)"
             )
-        frames = self.images[sample]
-        first = next(iter(self.maps.values()))
-        grid = first.shape[1] if first.ndim == 4 else 1
-        # a video has several frames for one of the grid
-        return frames[round(frame * (len(frames) - 1) / max(1, grid - 1))]
+        return self.images[sample]
 
     def save(self, folder: str | Path) -> list[Path]:
         """Write the maps as `maps.npz` and, if there are pictures, each overlay as PNG.
+
+        Of videos there is a PNG for each frame of the maps.
 
         Args:
             folder: made if it is not there. Files of the same names are replaced.
@@ -113,9 +140,16 @@ class Heatmaps(Mapping[str, Tensor]):
         for sample in range(len(self.images)):
             for i, word in enumerate(self.maps):
                 name = re.sub(r"\W+", "-", word).strip("-")
-                files.append(folder / f"{sample:03}-{i}-{name}.png")
-                self.overlay(word, sample).save(files[-1])
+                for frame in range(self.grid_frames):
+                    number = f"-{frame:03}" if self.grid_frames > 1 else ""
+                    files.append(folder / f"{sample:03}-{i}-{name}{number}.png")
+                    self.overlay(word, sample, frame).save(files[-1])
         return files
+
+
+def _nearest(i: int, n: int, m: int) -> int:
+    """Return which of m frames lies nearest to frame i of n over the same time."""
+    return round(i * (m - 1) / max(1, n - 1))
 
 
 def heatmaps(

@@ -1,35 +1,43 @@
-"""All heads ranked by a few backward passes, the sets this suggests compared by pictures.
+"""Successive halving by slopes at random sets: every picture tells something of every head.
 
-The output of a perturbed head is linear in u, so the slope of the objective with respect to
-every head's u comes from one backward of the guided one-step prediction (see `forecast`). What
-such a prediction shows depends on the step: colours and layout early, shapes late. So slopes
-are taken in several windows of the run; the k steepest heads of each window, and of all
-together, make sets; the sets are compared by real pictures. A set of heads moves the objective
-far more than a single head does, so few pictures tell sets apart where they would not tell
-heads apart.
+The stages are those of `halving`: pictures are short, each is drawn with a random set of heads
+as large as the one that is sought, and the worse half of the heads drops out. Here each picture
+is differentiated through all of its steps, denoiser, scheduler and autoencoder, and one backward
+gives the slope of the objective with respect to the strength u of every head: of those in the
+set at their full strength, of the others beside them. So harm that heads do at full strength
+shows, as it does not in slopes at u = 0.
 
-This is ours, not the paper's: it stands for its search at a fraction of the cost. Slopes hold
-for small u and scale; where heads do harm at full strength, slopes do not see it.
+A picture that is about to fall apart has slopes many times as steep as the others', and would
+decide alone; so the rows of a stage are shortened to the median length, which is also their
+unit: guidance by better sets flattens all slopes.
+
+This is ours, not the paper's.
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from .halving import FEWEST_STEPS, Stage, in_turn, random_sets
 from .headset import Head, Round
-from .rank import Evaluate, Report, best, rounded
+from .rank import Report, best, rounded, told
 
-__all__ = ["Slopes", "gradient"]
+__all__ = ["Slopes", "brief", "gradient", "shortened"]
 
-Slopes = Callable[[tuple[Head, ...]], Tensor]
-"""`slopes(heads) -> [W, P]`: mean slope of each head in each window."""
+Slopes = Callable[[Sequence[tuple[Head, ...]], Sequence[int]], Tensor]
+"""`slopes(sets, pictures) -> [n, P]`: set i on picture i, see `Trials.slopes`."""
+
+
+def brief(steps: int) -> int:
+    """Return the steps of a picture: a third of the full ones, but not fewer than six."""
+    return min(steps, max(FEWEST_STEPS, steps // 3))
 
 
 def gradient(
-    evaluate: Evaluate,
     slopes: Slopes,
     pool: Sequence[Head],
     rounds: int,
@@ -37,54 +45,37 @@ def gradient(
     report: Report,
     *,
     every: Sequence[Head],
-    pictures: Callable[[int], int],
+    plan: Sequence[Stage],
+    pictures: int,
 ) -> list[Round]:
-    """Search by slopes.
+    """Search by slopes; all heads are found together and told in rounds, the best first.
 
     Args:
-        evaluate: scores head sets by real pictures.
-        slopes: slopes of all heads of the model on top of a head set.
+        slopes: slopes of all heads of the model on top of sets.
         pool: the heads that may be chosen.
         rounds: R.
         top_k: k.
-        report: called after every round.
+        report: called for every round.
         every: the heads in the order of the slopes' columns.
-        pictures: how many each compared set gets in round r; 0 trusts all windows together.
+        plan: the stages.
+        pictures: different pictures.
     """
-    found: list[Round] = []
-    chosen: tuple[Head, ...] = ()
-    for r in range(rounds):
-        left = [i for i, head in enumerate(every) if head in pool and head not in chosen]
-        rankings = _rankings([every[i] for i in left], slopes(chosen)[:, left])
-        scores = _winner(evaluate, chosen, rankings, top_k, pictures(r))
-        found.append(Round(best(scores, top_k), scores))
-        chosen += found[-1].chosen
-        report(found[-1])
-    return found
+    source = random.Random(0)
+    columns = [every.index(head) for head in pool]
+    left, seen, scores = list(pool), [], dict.fromkeys(pool, 0.0)
+    for stage, after in zip(plan, [*plan[1:], None], strict=True):
+        sets = random_sets(left, stage.size, stage.pictures, source)
+        drawn = in_turn(pictures, stage.pictures, source)
+        seen.append(shortened(slopes(sets, drawn)[:, columns]))
+        scores = dict(zip(pool, map(rounded, torch.cat(seen).mean(0).tolist()), strict=True))
+        found = {head: scores[head] for head in left}
+        left = sorted(best(found, rounds * top_k if after is None else after.heads))
+    order = best({head: scores[head] for head in left}, rounds * top_k)
+    return told(order, scores, rounds, top_k, report)
 
 
-def _rankings(heads: Sequence[Head], slopes: Tensor) -> list[dict[Head, float]]:
-    """Return one ranking for all windows together, then one for each.
-
-    Windows are brought to one size first: late slopes are smaller, and tell no less.
-    """
-    scaled = slopes / slopes.abs().mean(1, keepdim=True).clamp(min=1e-30)
-    rows = torch.cat([scaled.mean(0, keepdim=True), scaled]) if len(scaled) > 1 else scaled
-    named = (zip(heads, row.tolist(), strict=True) for row in rows)
-    return [{head: rounded(x) for head, x in row} for row in named]
-
-
-def _winner(
-    evaluate: Evaluate,
-    chosen: tuple[Head, ...],
-    rankings: Sequence[dict[Head, float]],
-    top_k: int,
-    pictures: int,
-) -> dict[Head, float]:
-    """Return the ranking whose top k, as a set, draw the best pictures."""
-    sets = [tuple(sorted(best(one, top_k))) for one in rankings]
-    if not pictures or len(set(sets)) == 1:
-        return rankings[0]
-    scores = evaluate([(*chosen, *heads) for heads in sets], range(pictures)).mean(1)
-    order = sorted(range(len(sets)), key=lambda i: (-rounded(float(scores[i])), i))
-    return rankings[order[0]]
+def shortened(slopes: Tensor) -> Tensor:
+    """Return slopes [m, P] in units of the median row's length, none longer than that."""
+    length = slopes.norm(dim=1, keepdim=True)
+    unit = length.median().clamp(min=1e-30)
+    return slopes / torch.maximum(length, unit)

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from .headset import Head, Round
-from .rank import Report, best, rounded
+from .rank import Report, best, rounded, told
 
-__all__ = ["Stage", "effects", "halving", "short", "stages"]
+__all__ = ["Stage", "effects", "halving", "in_turn", "random_sets", "short", "stages"]
 
 EvaluateEach = Callable[[Sequence[tuple[Head, ...]], Sequence[int], int], Tensor]
 """`evaluate(sets, pictures, steps) -> [n]`: set i on picture i, see `Trials.each`."""
@@ -73,9 +73,9 @@ def halving(
     top_k: int,
     report: Report,
     *,
+    plan: Sequence[Stage],
     pictures: int,
     steps: int,
-    budget: int,
 ) -> list[Round]:
     """Search by stages; all heads are found together and told in rounds, the best first.
 
@@ -85,19 +85,18 @@ def halving(
         rounds: R.
         top_k: k.
         report: called for every round.
+        plan: the stages.
         pictures: different pictures.
         steps: of each.
-        budget: pictures to draw, besides those without guidance.
     """
     source = random.Random(0)
     base = evaluate([()] * pictures, range(pictures), steps)
     place = {head: i for i, head in enumerate(pool)}
     left, gains, members = list(pool), [], []
     part = torch.zeros(len(pool), dtype=torch.float64)
-    plan = stages(len(pool), rounds * top_k, budget)
     for stage, after in zip(plan, [*plan[1:], None], strict=True):
-        sets = _sets(left, stage.size, stage.pictures, source)
-        drawn = _in_turn(pictures, stage.pictures, source)
+        sets = random_sets(left, stage.size, stage.pictures, source)
+        drawn = in_turn(pictures, stage.pictures, source)
         gains.append(_clipped(evaluate(sets, drawn, steps) - base[drawn]))
         inside = torch.zeros(len(sets), len(pool), dtype=torch.float64)
         for row, heads in zip(inside, sets, strict=True):
@@ -106,21 +105,9 @@ def halving(
         part = effects(members, gains)
         found = {head: rounded(float(part[place[head]])) for head in left}
         left = sorted(best(found, rounds * top_k if after is None else after.heads))
-    return _told(pool, left, part, rounds, top_k, report)
-
-
-def _told(
-    pool: Sequence[Head], left: list[Head], part: Tensor, rounds: int, top_k: int, report: Report
-) -> list[Round]:
     scores = {head: rounded(float(x)) for head, x in zip(pool, part, strict=True)}
-    found: list[Round] = []
-    for _ in range(rounds):
-        chosen = best({head: scores[head] for head in left}, top_k)
-        found.append(Round(chosen, dict(scores)))
-        report(found[-1])
-        left = [head for head in left if head not in chosen]
-        scores = {head: x for head, x in scores.items() if head not in chosen}
-    return found
+    order = best({head: scores[head] for head in left}, rounds * top_k)
+    return told(order, scores, rounds, top_k, report)
 
 
 def effects(members: Sequence[Tensor], gains: Sequence[Tensor]) -> Tensor:
@@ -150,7 +137,7 @@ def effects(members: Sequence[Tensor], gains: Sequence[Tensor]) -> Tensor:
     return vt.T @ (s / (s**2 + ridge) * along)
 
 
-def _sets(
+def random_sets(
     pool: Sequence[Head], size: int, count: int, source: random.Random
 ) -> list[tuple[Head, ...]]:
     """Return random sets in which every head is about equally often."""
@@ -166,7 +153,7 @@ def _sets(
     return found
 
 
-def _in_turn(pictures: int, count: int, source: random.Random) -> list[int]:
+def in_turn(pictures: int, count: int, source: random.Random) -> list[int]:
     """Return picture numbers, every one about equally often."""
     order: list[int] = []
     while len(order) < count:

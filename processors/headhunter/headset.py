@@ -34,8 +34,9 @@ class Round:
 
     Args:
         chosen: the heads it added, best first.
-        scores: for each head tried last. Greedy and halving: mean objective of "the heads so far
-            and this one". Gradient: its slope, in units of the mean size of slopes.
+        scores: for each head tried last. Greedy: mean objective of "the heads so far and this
+            one". Halving: its part in the gain. Gradient: its mean slope, in units of the length
+            of all heads' slopes.
     """
 
     chosen: tuple[Head, ...]

@@ -15,34 +15,26 @@ For general quality it uses u = 0.25, one round, 24 heads, 20 pictures.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from torch import Tensor
-
 from attnctl.errors import OptionError
 from attnctl.processors.guidance.perturbed import PerturbedGuidance
 from attnctl.processors.guidance.softpag import SoftPAG
 
 from .crew import Crew
-from .gradient import gradient
+from .gradient import brief, gradient
 from .greedy import greedy
-from .halving import halving, short, stages
+from .halving import Stage, halving, short, stages
 from .headset import Head, HeadSet, Round, site_table_hash
 from .journal import Journal
 from .objective import Objective, objective
 from .trials import Trials
 
 __all__ = ["HeadHunter", "Plan"]
-
-
-WINDOWS = ((0.2, 0.3, 0.4), (0.5, 0.55, 0.6), (0.7, 0.75, 0.8))
-"""Parts of the run at which the slopes of each window are taken."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +69,8 @@ class HeadHunter:
         objective: a name (see `attnctl.processors.headhunter.objective`), a function
             `f(images, prompts) -> scores`, or an `Objective`.
         guidance: the perturbation, its strength u and its scale.
-        strategy: "greedy" is the paper's; "gradient" ranks by slopes and checks a short list;
-            "halving" draws short pictures with random sets of heads and drops the worse half.
+        strategy: "greedy" is the paper's; "halving" draws short pictures with random sets of
+            heads and drops the worse half; "gradient" does that by slopes through the runs.
         rounds: R.
         top_k: k, heads added per round.
         pool: selector of the heads that may be chosen.
@@ -127,35 +119,23 @@ class HeadHunter:
         if self.strategy == "greedy":
             cost = full
         elif self.strategy == "halving":
-            drawn = stages(len(pool), self.rounds * self.top_k, self._short_pictures(trials))
-            count = pictures + sum(stage.pictures for stage in drawn)
+            count = pictures + sum(stage.pictures for stage in self._stages(trials))
             cost = count * short(trials.steps) * trials.passes
         else:
-            cost = sum(self._gradient_cost(trials, r) for r in range(self.rounds))
+            count = sum(stage.pictures for stage in self._stages(trials))
+            cost = count * brief(trials.steps) * trials.slope_passes
         return Plan(len(pool), pictures, cost, full)
 
-    def _short_pictures(self, trials: Trials) -> int:
-        """Pictures of halving that the budget allows, besides those without guidance."""
-        allowed = self.rounds * self._per_round(trials) // short(trials.steps)
-        return max(1, allowed - len(trials.prompts))
-
-    def _per_round(self, trials: Trials) -> int:
-        """Picture-steps that the budget allows for each round."""
-        pool = len(self._pool(trials)) - (self.rounds - 1) * self.top_k
-        return int(self.budget * pool * len(trials.prompts) * trials.steps)
-
-    def _sets(self, trials: Trials, r: int) -> int:
-        """Pictures that each compared set gets in round `r`: what slopes leave of the budget."""
-        allowed = self._per_round(trials) * trials.passes
-        left = allowed - len(trials.prompts) * trials.slope_cost(r > 0, _probed(trials))
-        sets = (len(WINDOWS) + 1) * trials.steps * trials.passes
-        return max(0, min(len(trials.prompts), left // sets))
-
-    def _gradient_cost(self, trials: Trials, r: int) -> int:
-        """Forwards of round `r`."""
-        slopes = len(trials.prompts) * trials.slope_cost(r > 0, _probed(trials))
-        pictures = (len(WINDOWS) + 1) * self._sets(trials, r)
-        return slopes + pictures * trials.steps * trials.passes
+    def _stages(self, trials: Trials) -> list[Stage]:
+        """The stages of gradient or halving that the budget allows."""
+        heads, keep = len(self._pool(trials)), self.rounds * self.top_k
+        sizes = sum(heads - r * self.top_k for r in range(self.rounds))
+        allowed = int(self.budget * sizes * len(trials.prompts) * trials.steps) * trials.passes
+        if self.strategy == "gradient":
+            pictures = allowed // (brief(trials.steps) * trials.slope_passes)
+        else:
+            pictures = allowed // (short(trials.steps) * trials.passes) - len(trials.prompts)
+        return stages(heads, keep, pictures)
 
     def _pool(self, trials: Trials) -> list[Head]:
         selection = trials.sites.select(self.pool, self.guidance.kinds)
@@ -227,14 +207,15 @@ class HeadHunter:
         common = (pool, self.rounds, self.top_k, lambda found: None)
         if self.strategy == "greedy":
             return greedy(trials.score, *common)
+        plan, pictures = self._stages(trials), len(trials.prompts)
         if self.strategy == "halving":
-            return halving(
-                trials.each, *common, pictures=len(trials.prompts), steps=short(trials.steps),
-                budget=self._short_pictures(trials),
-            )  # fmt: skip
-        slopes = functools.partial(_window_slopes, trials)
-        pictures = functools.partial(self._sets, trials)
-        return gradient(trials.score, slopes, *common, every=trials.pool, pictures=pictures)
+            steps = short(trials.steps)
+            return halving(trials.each, *common, plan=plan, pictures=pictures, steps=steps)
+        steps = brief(trials.steps)
+        return gradient(
+            lambda sets, drawn: trials.slopes(sets, drawn, steps),
+            *common, every=trials.pool, plan=plan, pictures=pictures,
+        )  # fmt: skip
 
     def _trials(
         self,
@@ -286,23 +267,6 @@ class HeadHunter:
             rounds=tuple(rounds),
             **facts,
         )
-
-
-def _windows(trials: Trials) -> list[tuple[int, ...]]:
-    """Indices of the probed steps, window by window."""
-    return [tuple(sorted({int(part * trials.steps) for part in window})) for window in WINDOWS]
-
-
-def _probed(trials: Trials) -> tuple[int, ...]:
-    return tuple(sorted({step for window in _windows(trials) for step in window}))
-
-
-def _window_slopes(trials: Trials, heads: tuple[Head, ...]) -> Tensor:
-    """Mean slopes [W, P] of every head in each window, over all pictures."""
-    at = _probed(trials)
-    found = trials.slopes(heads, range(len(trials.prompts)), at).mean(1)
-    rows = [found[[at.index(step) for step in window]].mean(0) for window in _windows(trials)]
-    return torch.stack(rows)
 
 
 def _plain(value: Any) -> bool:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .headset import Head, Round
 
-__all__ = ["Evaluate", "Report", "best", "rounded"]
+__all__ = ["Evaluate", "Report", "best", "means", "rounded", "told"]
 
 Evaluate = Callable[..., Tensor]
 """`evaluate(candidates, pictures=None, steps=None) -> scores [C, m]`, see `Trials.score`."""
@@ -36,3 +36,24 @@ def best(scores: Mapping[Head, float], k: int) -> tuple[Head, ...]:
 def means(heads: Sequence[Head], scores: Tensor) -> dict[Head, float]:
     """Return the mean score by head, from scores [C, m] of one candidate per head."""
     return {h: rounded(float(row.mean())) for h, row in zip(heads, scores, strict=True)}
+
+
+def told(
+    order: Sequence[Head], scores: Mapping[Head, float], rounds: int, top_k: int, report: Report
+) -> list[Round]:
+    """Return heads that were found together as rounds, the best first.
+
+    Args:
+        order: the heads, best first, at least `rounds * top_k`.
+        scores: of all heads; a round keeps those of the heads that were left.
+        rounds: R.
+        top_k: k.
+        report: called for every round.
+    """
+    found: list[Round] = []
+    for r in range(rounds):
+        before = set(order[: r * top_k])
+        left = {head: score for head, score in scores.items() if head not in before}
+        found.append(Round(tuple(order[r * top_k : (r + 1) * top_k]), left))
+        report(found[-1])
+    return found

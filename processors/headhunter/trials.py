@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
@@ -19,18 +17,18 @@ from attnctl.sites import Sites, sites
 
 from .crew import Crew
 from .encoded import encoded_once
-from .forecast import Enough, Forecast
 from .headset import Head
 from .journal import Journal
 from .objective import Objective
 from .rows import RowStrengths, Strengths, strengths
+from .through import with_gradients
 
 __all__ = ["Candidate", "Trials", "passes_per_step"]
 
 Candidate = tuple[Head, ...]
 T = TypeVar("T")
-BACKWARD = 3
-"""Passes that a look with its backward counts as."""
+BACKWARD = 2
+"""Passes that the backward of a pass counts as."""
 
 
 class Job(NamedTuple):
@@ -45,6 +43,11 @@ class Job(NamedTuple):
         """Name in the journal; the order of the heads does not matter."""
         heads = "".join(f"L{layer}H{head}" for layer, head in sorted(self.heads))
         return f"{heads} {self.picture} {self.steps}"
+
+    @property
+    def slopes_key(self) -> str:
+        """Name of its slopes."""
+        return f"slopes {self.key}"
 
 
 @dataclass
@@ -149,16 +152,21 @@ class Trials:
             raise OptionError(f"objective {self.objective} gave a score that is not finite")
         return [float(x) for x in scores.float().cpu()]
 
-    def slopes(self, heads: Candidate, pictures: Sequence[int], at: Sequence[int]) -> Tensor:
-        """Return d score / d u of every head on top of a head set, from one-step predictions.
+    def slopes(
+        self, candidates: Sequence[Candidate], pictures: Iterable[int], steps: int
+    ) -> Tensor:
+        """Return d score / d u of every head where each picture has a set of its own.
+
+        One backward goes through the whole run. Memory grows with steps and rows; gradient
+        checkpointing (`enable_gradient_checkpointing()` of the denoiser) saves most of it.
 
         Args:
-            heads: the set that guides the runs and at which slopes are taken.
-            pictures: indices of the pictures, m of them.
-            at: indices of the steps with a look, T of them.
+            candidates: C head sets.
+            pictures: C indices of pictures.
+            steps: number of steps.
 
         Returns:
-            [T, m, P] float64 on the CPU, heads in the order of `pool`.
+            [C, P] float64 on the CPU, heads in the order of `pool`.
 
         Raises:
             OptionError: if the objective has no gradients.
@@ -167,22 +175,24 @@ class Trials:
             raise OptionError(
                 f"objective {self.objective} has no gradients: use the strategy halving or greedy"
             )
-        keys = {i: f"slopes {Job(heads, i, self.steps).key} {list(at)}" for i in pictures}
+        pairs = zip(candidates, pictures, strict=True)
+        jobs = [Job(heads, i, steps) for heads, i in pairs]
         known = self.journal.values
-        wanted = [i for i in pictures if keys[i] not in known]
-        with _without_weight_gradients(self.pipe):
-            for drawn, found in self._shared(wanted, functools.partial(self._slopes, heads, at)):
-                new = {keys[i]: row for i, row in zip(drawn, found, strict=True)}
-                self._note(new, len(drawn) * self.slope_cost(bool(heads), at))
-        rows = [known[keys[i]] for i in pictures]
-        return torch.tensor(rows, dtype=torch.float64).transpose(0, 1)
+        wanted = [job for job in dict.fromkeys(jobs) if job.slopes_key not in known]
+        for part, found in self._shared(wanted, self._slopes):
+            new = {job.slopes_key: row for job, row in zip(part, found, strict=True)}
+            self._note(new, len(part) * steps * self.slope_passes)
+        return torch.tensor([known[job.slopes_key] for job in jobs], dtype=torch.float64)
 
-    def slope_cost(self, guided: bool, at: Sequence[int]) -> int:
-        """Return the denoiser passes of one picture with slopes; a backward counts as two."""
-        plain = self.passes - 1
-        steps = max(at) + 1
-        # the last look ends the run before it is guided
-        return steps * plain + (steps - 1) * guided + len(at) * BACKWARD
+    @property
+    def slope_passes(self) -> int:
+        """Passes of one picture in one step with its backward, which counts as two more.
+
+        A third where gradient checkpointing runs every block again.
+        """
+        denoisers = targets(self.pipe).values()
+        again = any(getattr(one, "is_gradient_checkpointing", False) for one in denoisers)
+        return self.passes * (1 + BACKWARD + again)
 
     def _shared(self, things: Sequence[T], work: Any) -> Iterator[tuple[list[T], Any]]:
         """Do batches together with the crew; yield each with its result."""
@@ -192,22 +202,25 @@ class Trials:
                 wave = parts[k : k + self.crew.size]
                 yield from zip(wave, self.crew.share(wave, work), strict=True)
 
-    def _slopes(
-        self, heads: Candidate, at: Sequence[int], part: list[int]
-    ) -> list[list[list[float]]]:
-        """Slopes [m][T][P]."""
-        shapes = {s.index: s.heads for s in self.sites}
-        prompts = [self.prompts[i] for i in part]
-        table = self._table([heads] * len(part)) if heads else {}
-        judge = functools.partial(_judge, self.objective, prompts)
-        look = Forecast(self.guidance, table, at, judge, shapes)
-        noise = [torch.Generator().manual_seed(self.seeds[i]) for i in part]
-        with patch(self.pipe, look), contextlib.suppress(Enough):
-            self._run(prompts, noise, {**self.call, "output_type": "latent"})
-        if len(look.slopes) < len(at):
-            raise OptionError(f"no looks at steps {list(at)} of {self.steps}: no such steps")
-        steps = [torch.cat([look.slopes[t][i] for i in sorted(shapes)], dim=1) for t in at]
-        rows: list[list[list[float]]] = torch.stack(steps, dim=1).double().cpu().tolist()
+    def _slopes(self, part: list[Job]) -> list[list[float]]:
+        """Slopes [m][P]."""
+        sites, drawn = self.sites, [job.picture for job in part]
+        start = self._table([job.heads for job in part])
+        place = self.pipe.device
+        none = {s.index: torch.zeros(len(part), s.heads, device=place) for s in sites}
+        leaves = {index: u.requires_grad_() for index, u in {**none, **start}.items()}
+        prompts = [self.prompts[i] for i in drawn]
+        with with_gradients(self.pipe), patch(self.pipe, RowStrengths(self.guidance, leaves)):
+            images = self._run(prompts, self._noise(drawn), self._call(part[0].steps))
+            total = self.objective.score(images, prompts).sum()
+            if not total.requires_grad:
+                raise OptionError(
+                    f"no gradients come through {type(self.pipe).__name__} and the objective "
+                    f"{self.objective}: use the strategy halving or greedy"
+                )
+            # inside the patch: checkpointed blocks run again now
+            found = torch.autograd.grad(total, list(leaves.values()), materialize_grads=True)
+        rows: list[list[float]] = torch.cat(found, dim=1).double().cpu().tolist()
         return rows
 
     def _table(self, sets: Sequence[Candidate]) -> Strengths:
@@ -235,10 +248,9 @@ class Trials:
         """Draw picture `pictures[r]` with head set `sets[r]` for each row r.
 
         Returns:
-            RGB [n, 3, H, W] in 0 to 1, on the pipeline's device.
+            RGB [n, 3, H, W] in 0 to 1, of videos [n, F, 3, H, W], on the pipeline's device.
         """
-        call = {**self.call, "num_inference_steps": steps or self.steps}
-        noise = [torch.Generator().manual_seed(self.seeds[i]) for i in pictures]
+        call, noise = self._call(steps or self.steps), self._noise(pictures)
         prompts = [self.prompts[i] for i in pictures]
         table = self._table(sets)
         if table:
@@ -248,28 +260,16 @@ class Trials:
             out = self._run(prompts, noise, call)
         return out
 
+    def _call(self, steps: int) -> dict[str, Any]:
+        return {**self.call, "num_inference_steps": steps}
+
+    def _noise(self, pictures: Sequence[int]) -> list[torch.Generator]:
+        return [torch.Generator().manual_seed(self.seeds[i]) for i in pictures]
+
     def _run(self, prompts: list[str], noise: list[torch.Generator], call: Any) -> Tensor:
         call = {"output_type": "pt", **call}
-        images: Tensor = self.pipe(prompts, generator=noise, **call).images
+        images: Tensor = self.pipe(prompts, generator=noise, **call)[0]
         return images
-
-
-def _judge(objective: Objective, prompts: list[str], images: Tensor) -> Tensor:
-    return objective.score(images, prompts)
-
-
-@contextlib.contextmanager
-def _without_weight_gradients(pipe: Any) -> Iterator[None]:
-    """Keep autograd from remembering what only gradients of the weights need."""
-    parts = [m for m in pipe.components.values() if isinstance(m, torch.nn.Module)]
-    frozen = [p for part in parts for p in part.parameters() if p.requires_grad]
-    for weight in frozen:
-        weight.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for weight in frozen:
-            weight.requires_grad_(True)
 
 
 def passes_per_step(pipe: Any, call: dict[str, Any]) -> int:

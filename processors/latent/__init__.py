@@ -5,6 +5,7 @@ from .attend_and_excite import AttendAndExcite
 from .conform import Conform
 from .disendiff import DisenDiff
 from .divide_and_bind import DivideAndBind
+from .initno import InitNO
 from .syngen import SynGen
 
-__all__ = ["AStar", "AttendAndExcite", "Conform", "DisenDiff", "DivideAndBind", "SynGen"]
+__all__ = ["AStar", "AttendAndExcite", "Conform", "DisenDiff", "DivideAndBind", "InitNO", "SynGen"]

@@ -23,27 +23,29 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from attnctl.errors import AttnctlWarning, ControlConflict, HostError, OptionError
 from attnctl.processors.windowed import Windowed
 from attnctl.records import AttentionCall, ForwardCall, Step
 from attnctl.words.prompts import prompts_of
 
-from .maps import Grid, Seen, seen, sharpened, text_maps
+from .maps import Grid, Seen, image_rows, of_sample, seen, sharpened, text_maps
 from .targets import Positions, Target, content_of, targets_of
 
 if TYPE_CHECKING:
     from attnctl.hosts.run import Run
     from attnctl.selectors import Selection
+    from attnctl.sites import Sites
 
-__all__ = ["LatentControl", "Maps", "State"]
+__all__ = ["LatentControl", "Look", "Maps", "Pass", "State"]
 
 T = TypeVar("T")
 _HALF_SCALE = 2.0**10
@@ -62,6 +64,7 @@ class Maps:
         noun_only: whether an object's map is its noun's, else the mean over all its words.
         drop: columns at either end that `sharp` leaves out.
         sample: which sample of the batch this is.
+        image: image queries and image keys by site, for controls with `image_rows`.
     """
 
     text: Tensor
@@ -71,6 +74,7 @@ class Maps:
     noun_only: bool = True
     drop: tuple[int, int] = (1, 1)
     sample: int = 0
+    image: tuple[Seen, ...] = ()
 
     def sharp(self) -> Tensor:
         """Return the maps of all tokens after Attend-and-Excite's softmax; 0 where dropped."""
@@ -90,6 +94,24 @@ class Maps:
         """Return the map of a word [frames, height, width], the mean over its pieces."""
         return maps[list(positions)].mean(0)
 
+    def rows(self, places: Tensor) -> Tensor:
+        """Return what image tokens attend to in the image [K, frames, height, width].
+
+        Over the image they sum to 1: in joint attention each row is divided by its sum.
+
+        Args:
+            places: numbers [K] of the tokens on the flattened grid of the maps.
+
+        Raises:
+            HostError: if no site of that grid has image keys.
+        """
+        if not self.image:
+            raise HostError(
+                "no selected site with the grid of the words' maps has attention among image "
+                "tokens, or the control does not say image_rows = True"
+            )
+        return image_rows(self.image, places)
+
 
 @dataclass(eq=False)
 class State:
@@ -100,9 +122,16 @@ class State:
         content: tokens of all words by prompt, () where they are not known.
         step: step whose latents have been moved.
         sites: the sites whose maps are used; None until the first gradient pass.
-        seen: queries and keys of the pass under way, by site.
+        ends_early: whether the pass under way ends after the last of them.
+        may_end: whether passes may, found out once: the walk through thousands of modules takes
+            milliseconds, as many as some steps do.
+        weights: the denoiser's, listed once for the same reason.
+        seen: queries and text keys of the pass under way, by site.
+        image_sites: those whose image keys are used.
+        image: queries and image keys of the pass under way, by site.
         memory: what each sample's loss keeps from step to step.
         skipped: (step, sample) whose gradient was not finite.
+        account: what the report says about the run.
     """
 
     targets: list[tuple[Target, ...]]
@@ -110,10 +139,15 @@ class State:
     step: int = -1
     sites: tuple[int, ...] | None = None
     ends_early: bool = False
+    may_end: bool | None = None
+    weights: list[Tensor] | None = None
     seen: dict[int, list[Seen]] = field(default_factory=dict)
+    image_sites: tuple[int, ...] = ()
+    image: dict[int, list[Seen]] = field(default_factory=dict)
     memory: dict[int, dict[str, Any]] = field(default_factory=dict)
     loss_scale: float = _HALF_SCALE
     skipped: list[tuple[int, int]] = field(default_factory=list)
+    account: Any = None
 
     def of(self, each: Sequence[T], sample: int, samples: int) -> T:
         """Return what a sample's prompt has; the samples of one prompt follow each other."""
@@ -175,6 +209,8 @@ class LatentControl(Windowed):
     """Fewest objects that the loss needs."""
     drop: ClassVar[tuple[int, int]] = (1, 1)
     """Text columns at either end that the losses leave out, as Attend-and-Excite does."""
+    image_rows: ClassVar[bool] = False
+    """Whether the loss asks for `Maps.rows`."""
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.scale) or self.scale < 0:
@@ -205,6 +241,10 @@ class LatentControl(Windowed):
 
     def shortfall(self, maps: Maps, loss: Tensor) -> Tensor:
         """Return what refinement brings down: the loss, or another scalar."""
+        return loss
+
+    def refining(self, maps: Maps, loss: Tensor) -> Tensor:
+        """Return what repetitions of a refinement step down: the loss, or another scalar."""
         return loss
 
     def remember(self, maps: Maps, memory: dict[str, Any]) -> None:
@@ -245,11 +285,11 @@ class LatentControl(Windowed):
     def attend(self, call: AttentionCall) -> Tensor:
         """Note queries and keys of the gradient pass; the output stays the stock one."""
         state: State = call.state
-        index = call.site.index
-        if state.sites is None or index in state.sites:
-            found = seen(call)
-            if found is not None:
-                state.seen.setdefault(index, []).append(found)
+        index, kind, known = call.site.index, call.site.kind, state.sites is not None
+        if kind != "self" and (not known or index in (state.sites or ())):
+            _note(state.seen, index, seen(call))
+        if self.image_rows and kind != "cross" and (not known or index in state.image_sites):
+            _note(state.image, index, seen(call, "image"))
         if state.ends_early and state.sites and index == state.sites[-1]:
             raise _Enough
         return call.proceed()
@@ -274,21 +314,27 @@ class LatentControl(Windowed):
         moved = self._moved(call, state)
         return call.proceed() if moved is None else call.move_latents(moved).proceed()
 
+    def account(self, state: State, steps: tuple[int, ...], sites: Sites) -> Any:
+        """Return what a subclass noted of the run."""
+        return state.account
+
     # -- one step ----------------------------------------------------------------------------
 
     def _moved(self, call: ForwardCall, state: State) -> Tensor | None:
         """Return the latents after this step's updates, None if none moved."""
-        with _gradients(call, self.checkpoint):
+        if state.weights is None:
+            state.weights = list(call.model.parameters())
+        with _gradients(call, self.checkpoint, state.weights):
             alone = call.only("cond", call.role)
             alone = replace(alone, inputs=_ordinary(alone.inputs), rest=())
             first = alone.latents.detach().float()
-            end = self._descend(_Pass(self, alone, state), first)
+            end = self._descend(Pass(self, alone, state), first)
         return None if torch.equal(end, first) else end
 
-    def _descend(self, run: _Pass, x: Tensor) -> Tensor:
+    def _descend(self, run: Pass, x: Tensor) -> Tensor:
         size = self.step_size(run.call.step)
         look = run.look(x)
-        target = self._target(run.call.step)
+        target = self.target(run.call.step)
         if target is not None:
             going = look.shortfalls > target
             for _ in range(self.updates):
@@ -308,7 +354,7 @@ class LatentControl(Windowed):
         part = step.index / (step.count - 1) if step.count > 1 else 0.0
         return self.scale * math.sqrt(1 - (1 - self.decay) * min(part, 1.0))
 
-    def _target(self, step: Step) -> float | None:
+    def target(self, step: Step) -> float | None:
         """Return the loss to reach at this step, None if it is no step of refinement."""
         if not self.updates:
             return None
@@ -318,42 +364,65 @@ class LatentControl(Windowed):
         return None
 
 
+def _note(into: dict[int, list[Seen]], index: int, found: Seen | None) -> None:
+    if found is not None:
+        into.setdefault(index, []).append(found)
+
+
 @dataclass(frozen=True)
-class _Look:
+class Look:
     """Latents [n, ...] with a graph, the losses [n] they have, and what refinement goes by."""
 
     x: Tensor
     losses: Tensor
+    refining: Tensor
     shortfalls: Tensor
     maps: list[Maps]
 
 
 @dataclass(frozen=True)
-class _Pass:
+class Pass:
     """Gradient passes of one step."""
 
     control: LatentControl
     call: ForwardCall
     state: State
 
-    def look(self, x: Tensor) -> _Look:
-        """Run the model with gradients and return the losses."""
+    def look(self, x: Tensor, loss: Callable[[Maps], Tensor] | None = None) -> Look:
+        """Run the model with gradients and return the losses: the control's, or others."""
         leaf = x.detach().requires_grad_(True)
-        self.state.seen.clear()
-        self._run(self.call.with_latents(leaf))
-        self._choose_sites(x)
-        assert self.state.sites is not None
-        calls = [self.state.seen[index] for index in self.state.sites]
-        text = text_maps(calls, len(x))
-        self.state.seen.clear()
-        maps = [self._maps(text, i, len(x)) for i in range(len(x))]
+        maps = self._all_maps(leaf)
         memory, control = self.state.memory, self.control
-        losses = [control.loss(m, memory.setdefault(i, {})) for i, m in enumerate(maps)]
-        short = [control.shortfall(m, one).detach() for m, one in zip(maps, losses, strict=True)]
-        return _Look(leaf, torch.stack(losses), torch.stack(short), maps)
+        losses = [
+            control.loss(m, memory.setdefault(i, {})) if loss is None else loss(m)
+            for i, m in enumerate(maps)
+        ]
+        short = refining = losses
+        if control.target(self.call.step) is not None:
+            pairs = list(zip(maps, losses, strict=True))
+            short = [control.shortfall(m, one).detach() for m, one in pairs]
+            refining = [control.refining(m, one) for m, one in pairs]
+        return Look(leaf, torch.stack(losses), torch.stack(refining), torch.stack(short), maps)
+
+    def _all_maps(self, x: Tensor) -> list[Maps]:
+        """Run the model, and return what it shows of each sample."""
+        state = self.state
+        state.seen.clear()
+        state.image.clear()
+        self._run(self.call.with_latents(x))
+        self._choose_sites(x)
+        assert state.sites is not None
+        text = text_maps([state.seen[index] for index in state.sites], len(x))
+        maps = [self._maps(text, i, len(x)) for i in range(len(x))]
+        state.seen.clear()
+        state.image.clear()
+        return maps
 
     def _run(self, call: ForwardCall) -> None:
-        self.state.ends_early = self.state.sites is not None and _may_end(call)
+        state = self.state
+        if state.sites is not None and state.may_end is None:
+            state.may_end = _may_end(call)
+        state.ends_early = bool(state.may_end)
         with contextlib.suppress(_Enough):
             call.base(call)
 
@@ -368,6 +437,12 @@ class _Pass:
             )
         best = _nearest(set(grids.values()), x, self.control.shrink)
         self.state.sites = tuple(sorted(i for i, grid in grids.items() if grid == best))
+        # those after the last one with text keys would not run in a pass that ends there
+        self.state.image_sites = tuple(
+            i
+            for i, calls in sorted(self.state.image.items())
+            if calls[0].grid == best and i <= self.state.sites[-1]
+        )
 
     def _maps(self, text: Tensor, sample: int, samples: int) -> Maps:
         control = self.control
@@ -381,23 +456,24 @@ class _Pass:
             )
         content = state.of(state.content, sample, samples)
         content = content or tuple(sorted({p for t in targets for p in t.tokens}))
+        image = [of_sample(state.image[i], sample, samples) for i in state.image_sites]
         return Maps(
             text[sample], targets, self.call.step, content, control.tokens == "noun",
-            control.drop, sample=sample,
+            control.drop, sample, tuple(image),
         )  # fmt: skip
 
-    def update(self, look: _Look, size: float, going: Tensor | None) -> Tensor:
-        """Return the latents one step down; samples that are not `going` stay."""
-        if not look.losses.requires_grad:
+    def update(self, look: Look, size: float, going: Tensor | None) -> Tensor:
+        """Return the latents one step down.
+
+        Args:
+            look: at the latents before.
+            size: step size.
+            going: samples [n] that a repetition moves, None for the step's own move of all.
+        """
+        losses = look.losses if going is None else look.refining
+        if not losses.requires_grad:
             return look.x.detach()
-        half = next(iter(self.call.inputs.values())).dtype == torch.float16
-        factor = self.state.loss_scale if half else 1.0
-        (grad,) = torch.autograd.grad(look.losses.sum() * factor, look.x)
-        grad = grad / factor
-        grad = self.control.direction(grad)
-        finite = torch.isfinite(grad).flatten(1).all(1)
-        if not finite.all():
-            self._skip(finite)
+        grad, finite = self.gradient(losses, look.x)
         keep = finite if going is None else finite & going
         x = look.x.detach()
         if self.control.normalise:
@@ -406,6 +482,17 @@ class _Pass:
         if self.control.keep_norm:
             moved = moved * _norms(x) / _norms(moved)
         return torch.where(keep.view(-1, *[1] * (x.ndim - 1)), moved, x)
+
+    def gradient(self, losses: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what each sample moves against [n, ...], and which are finite [n]."""
+        half = next(iter(self.call.inputs.values())).dtype == torch.float16
+        factor = self.state.loss_scale if half else 1.0
+        (grad,) = torch.autograd.grad(losses.sum() * factor, x)
+        grad = self.control.direction(grad / factor)
+        finite = torch.isfinite(grad).flatten(1).all(1)
+        if not finite.all():
+            self._skip(finite)
+        return grad, finite
 
     def _skip(self, finite: Tensor) -> None:
         """Report samples without a finite gradient, and be more careful from now on."""
@@ -439,11 +526,13 @@ def _nearest(grids: set[Grid], x: Tensor, shrink: float) -> Grid:
 
 
 @contextlib.contextmanager
-def _gradients(call: ForwardCall, checkpoint: bool) -> Iterator[None]:
+def _gradients(call: ForwardCall, checkpoint: bool, weights: list[Tensor]) -> Iterator[None]:
     """Inside, gradients flow to inputs, not to weights; compiled code runs as it was written."""
     model = call.model
-    stance = torch.compiler.set_stance("force_eager")
-    with torch.inference_mode(False), torch.enable_grad(), stance, _frozen(model):
+    # importing the compiler takes seconds, and without it nothing is compiled
+    compiled = "torch._dynamo" in sys.modules
+    stance = torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
+    with torch.inference_mode(False), torch.enable_grad(), stance, _frozen(weights):
         turned = checkpoint and not getattr(model, "is_gradient_checkpointing", True)
         if turned:
             model.enable_gradient_checkpointing()
@@ -455,9 +544,8 @@ def _gradients(call: ForwardCall, checkpoint: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
+def _frozen(parameters: list[Tensor]) -> Iterator[None]:
     """Inside, no parameter wants a gradient, so that layers keep no inputs for one."""
-    parameters = list(model.parameters())
     _check_offload(parameters)
     wanting = [p for p in parameters if p.requires_grad]
     for p in wanting:

@@ -7,14 +7,15 @@ For image queries i and text keys j of one site with H heads,
 over the text keys alone. In cross-attention that is the attention map; in joint attention it is
 the image-to-text block, each row divided by its sum: the log-sum-exp over the image keys
 cancels, so that no image key is ever touched. One chunk of heads is held at a time, and the
-backward pass makes its logits again instead of keeping them.
+backward pass makes its logits again instead of keeping them. Maps between image tokens are made
+for chosen rows only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -24,7 +25,16 @@ from attnctl.errors import HostError
 from attnctl.processors.guidance.heads import head_indices
 from attnctl.records import AttentionCall
 
-__all__ = ["Seen", "mean_map", "seen", "sharpened", "smoothed", "text_maps"]
+__all__ = [
+    "Seen",
+    "image_rows",
+    "mean_map",
+    "of_sample",
+    "seen",
+    "sharpened",
+    "smoothed",
+    "text_maps",
+]
 
 _CHUNK_ELEMENTS = 1 << 24
 """Largest number of logits held at once: 64 MB."""
@@ -38,8 +48,8 @@ class Seen:
 
     Args:
         q: image queries [B, H, Nq, D], selected heads.
-        k: text keys [B, H, Nt, D].
-        mask: broadcastable to [B, H, Nq, Nt], or None.
+        k: text or image keys [B, H, Nk, D].
+        mask: broadcastable to [B, H, Nq, Nk], or None.
         scale: factor on the logits.
         grid: (frames, height, width) of the queries.
     """
@@ -51,19 +61,20 @@ class Seen:
     grid: Grid
 
 
-def seen(call: AttentionCall) -> Seen | None:
-    """Return the image queries and text keys of a call, None if it has no text keys.
+def seen(call: AttentionCall, keys: Literal["text", "image"] = "text") -> Seen | None:
+    """Return the image queries and the keys of a role of a call, None if it has no such keys.
 
     Args:
         call: a call whose rows are all of interest.
+        keys: which keys.
 
     Raises:
         HostError: if the model's tokens cannot be told apart or have no grid.
     """
     spans = call.spans
-    if spans.k and spans.keys("text") is None:
+    if spans.k and spans.keys(keys) is None:
         return None  # a text refiner, or the image branch of an adapter
-    image, columns = spans.queries("image"), spans.keys("text")
+    image, columns = spans.queries("image"), spans.keys(keys)
     if image is None or columns is None or spans.grid is None:
         raise HostError(
             f"{call.site}: which tokens are text, and where on the grid the image tokens lie, is "
@@ -77,7 +88,7 @@ def seen(call: AttentionCall) -> Seen | None:
     )
 
 
-def _part_of(mask: Tensor | None, queries: slice, keys: slice) -> Tensor | None:
+def _part_of(mask: Tensor | None, queries: slice | Tensor, keys: slice) -> Tensor | None:
     if mask is None:
         return None
     if mask.shape[-1] > 1:
@@ -97,18 +108,82 @@ def text_maps(sites: list[list[Seen]], samples: int) -> Tensor:
     """
     total: Any = 0.0
     heads = 0
-    for calls in sites:
+    for calls in _together(sites):
         each = [mean_map(s.q, s.k, s.mask, s.scale) * s.q.shape[1] for s in calls]
         width = max(one.shape[-1] for one in each)  # Mochi leaves out each row's own padding
         maps = torch.cat([pad(one, (0, width - one.shape[-1])) for one in each])
-        if len(maps) != samples:
-            raise HostError(
-                f"{len(maps)} attention rows for {samples} samples (frames folded into the "
-                "batch, perhaps), whose order is not known: select other sites"
-            )
+        _check_rows(len(maps), samples)
         total = total + maps
         heads += calls[0].q.shape[1]
     return (total / heads).transpose(1, 2).unflatten(-1, sites[0][0].grid)
+
+
+def _together(sites: list[list[Seen]]) -> list[list[Seen]]:
+    """Return the sites with those of one shape as one, their heads side by side.
+
+    A deep model has dozens, with maps so small that launching the work takes longer than it does.
+    """
+    alike: dict[Any, list[Seen]] = {}
+    others = []
+    for calls in sites:
+        one = calls[0]
+        if len(calls) > 1 or one.mask is not None:
+            others.append(calls)
+            continue
+        key = (len(one.q), one.q.shape[2:], one.k.shape[2:], one.scale)
+        alike.setdefault(key, []).append(one)
+    for group in alike.values():
+        if len(group) > 1:
+            q, k = (torch.cat([getattr(one, name) for one in group], 1) for name in ("q", "k"))
+            group = [replace(group[0], q=q, k=k)]
+        others.append(group)
+    return others
+
+
+def _check_rows(rows: int, samples: int) -> None:
+    if rows != samples:
+        raise HostError(
+            f"{rows} attention rows for {samples} samples (frames folded into the "
+            "batch, perhaps), whose order is not known: select other sites"
+        )
+
+
+def of_sample(calls: list[Seen], sample: int, samples: int) -> Seen:
+    """Return what the calls of one site saw of one sample, as a batch of one.
+
+    Args:
+        calls: as in `text_maps`.
+        sample: its number.
+        samples: number of samples.
+
+    Raises:
+        HostError: if the site's rows are no samples.
+    """
+    rows = [(call, row) for call in calls for row in range(len(call.q))]
+    _check_rows(len(rows), samples)
+    call, row = rows[sample]
+    one = slice(row, row + 1)
+    mask = call.mask
+    if mask is not None and mask.ndim == 4 and len(mask) > 1:
+        mask = mask[one]
+    return replace(call, q=call.q[one], k=call.k[one], mask=mask)
+
+
+def image_rows(sites: Sequence[Seen], places: Tensor) -> Tensor:
+    """Return what some image tokens attend to in the image [K, frames, height, width].
+
+    The mean over all heads of all sites. No other row is computed.
+
+    Args:
+        sites: image queries and image keys of one sample at each site, all of one grid.
+        places: numbers [K] of the tokens on the flattened grid.
+    """
+    total: Any = 0.0
+    for one in sites:
+        mask = _part_of(one.mask, places, slice(None))
+        total = total + mean_map(one.q[:, :, places], one.k, mask, one.scale)[0] * one.q.shape[1]
+    rows: Tensor = total / sum(one.q.shape[1] for one in sites)
+    return rows.unflatten(-1, sites[0].grid)
 
 
 def mean_map(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:

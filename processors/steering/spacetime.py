@@ -15,11 +15,12 @@ References:
     Wu et al., "Harnessing the Spatial-Temporal Attention of Diffusion Models for High-Fidelity
     Text-to-Image Synthesis", ICCV 2023 (arXiv 2304.03869): the attention rule.
 
-Deviations: the layout is given, where the paper trains a predictor; lambda is a constant, where
-the paper optimises it for each object and step (the released optimisation moves it by less than
-0.01); a token lies in a disc if its middle does, not its corner; overlapping regions share the
-weight, so that the combination stays convex. The descriptions' keys and values do not change
-over the steps: one pass per object, at the first step, makes them.
+Deviations: the layout is given, where the paper trains a predictor; lambda is a straight line over
+the run, the same for all objects, where the paper optimises it for each object and step (the
+released optimisation moves it by less than 0.01; `fit_weights` chooses the line); a token lies in
+a disc if its middle does, not its corner; overlapping regions share the weight, so that the
+combination stays convex. The descriptions' keys and values do not change over the steps: one pass
+per object, at the first step, makes them.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from attnctl.errors import HostError, OptionError
 from attnctl.processors.analysis.placing import Placing, has_text, place
 from attnctl.processors.guidance.heads import head_indices, put
 from attnctl.processors.windowed import Windowed
-from attnctl.records import AttentionCall, ForwardCall
+from attnctl.records import AttentionCall, ForwardCall, Step
 from attnctl.words import concepts
 from attnctl.words.prompts import Prompt, prompts_of
 
@@ -160,7 +161,9 @@ class SpaceTime(Windowed):
             Or "row": the concepts of each prompt next to each other, from left to right.
             For pipelines called with embeddings a list of (denoiser inputs, region).
         heads: selector; cross-attention sites.
-        lam: lambda; None for 0.7 (convex) or 5 / objects (guidance). 0 is off.
+        lam: lambda; None for 0.7 (convex) or 5 / objects (guidance). 0 is off, without a slope.
+        slope: what is added to lambda by the end of the run, in proportion to the steps done;
+            it stops at 0.
         mode: "convex" (lambda in [0, 1]) or "guidance".
         template: makes the description of a phrase.
         start: fraction of the run at which it begins.
@@ -170,6 +173,7 @@ class SpaceTime(Windowed):
     layout: Any = "row"
     heads: Any = "all"
     lam: float | None = None
+    slope: float = 0.0
     mode: Literal["convex", "guidance"] = "convex"
     template: str = "a photo of the {}"
     start: float = 0.0
@@ -188,6 +192,12 @@ class SpaceTime(Windowed):
             raise OptionError(
                 f"{self.name}: lam={self.lam} must be "
                 + ("in [0, 1] in mode 'convex'" if most == 1 else "finite, 0 or above")
+            )
+        end = (0.7 if self.lam is None else self.lam) + self.slope
+        if not math.isfinite(self.slope) or end > most + 1e-9:
+            raise OptionError(
+                f"{self.name}: slope={self.slope} must be finite, and not lead lambda above 1 in "
+                f"mode 'convex' (its end is {end:g})"
             )
         if "{}" not in self.template:
             raise OptionError(f"{self.name}: template={self.template!r} must hold a {{}}")
@@ -214,7 +224,7 @@ class SpaceTime(Windowed):
     def neutral(self) -> bool:
         """lambda = 0, or no object."""
         nothing = not isinstance(self.layout, str) and not any(self._layouts())
-        return self.lam == 0 or nothing or self.schedule.empty
+        return self.lam == self.slope == 0 or nothing or self.schedule.empty
 
     def begin(self, run: Run, selection: Selection) -> Scene:
         """Find the objects of each prompt and encode their descriptions."""
@@ -235,6 +245,16 @@ class SpaceTime(Windowed):
         return Scene(objects, encoded)
 
     def _objects(self, prompt: Prompt, i: int, prompts: int) -> list[Local]:
+        mine = self.places(prompt, i, prompts)
+        return [Local(self._describe(n, prompt), checked_region(r, str(n))) for n, r in mine]
+
+    def places(self, prompt: Prompt, i: int, prompts: int) -> list[tuple[Any, Any]]:
+        """Return the (phrase, region) of every object of prompt i of a number of prompts.
+
+        Raises:
+            OptionError: if there is none, or the layouts are no more than one and not as many.
+            HostError: if the prompt is not known, and the layout is to be read from it.
+        """
         if isinstance(self.layout, str):
             if prompt.text is None:
                 raise HostError(
@@ -252,7 +272,7 @@ class SpaceTime(Windowed):
             mine = layouts[i if len(layouts) > 1 else 0]
         if not mine:
             raise OptionError(f"{self.name}: the prompt {prompt.text!r} has no object to place")
-        return [Local(self._describe(n, prompt), checked_region(r, str(n))) for n, r in mine]
+        return mine
 
     def _describe(self, phrase: Any, prompt: Prompt) -> Any:
         if isinstance(phrase, Mapping):
@@ -290,15 +310,17 @@ class SpaceTime(Windowed):
                 for k, v, mask in known
             ]
         )
-        weights = self._lam(len(known)) * call.state.weights(where, call.q.device)
+        weights = self._lam(len(known), call.step) * call.state.weights(where, call.q.device)
         mine = out if heads is None else out[:, heads]
         base = self._unconditional(call, mine) if self.mode == "guidance" else None
         return put(out, mixed(mine[where.rows], local, weights, base), where.rows, heads, call)
 
-    def _lam(self, objects: int) -> float:
-        if self.lam is not None:
-            return self.lam
-        return 0.7 if self.mode == "convex" else GUIDANCE / objects
+    def _lam(self, objects: int, step: Step) -> float:
+        """Return lambda at a step."""
+        lam = self.lam
+        if lam is None:
+            lam = 0.7 if self.mode == "convex" else GUIDANCE / objects
+        return max(0.0, lam + self.slope * step.fraction) if self.slope else lam
 
     def _unconditional(self, call: AttentionCall, out: Tensor) -> Tensor:
         rows = call.slice("uncond")

@@ -21,8 +21,8 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,12 +43,14 @@ from .rows import tokens_of
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["Carved", "Carver", "ImageAttention", "carve", "grid_of"]
+__all__ = ["Carved", "Carver", "ImageAttention", "carve", "grids_of"]
 
 GENERAL = "Write a general description of the image."
 LAYERS, DEPTH = (20, 25), 32
 """Published for models of 28 to 40 layers; the depth that shares are taken of below that."""
 PUBLISHED_FROM = 28
+KEPT = 512
+"""Pictures whose general maps are kept."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class ImageAttention(Control):
 
     Args:
         layers: first and last layer.
-        runs: for each generation, `image_row` by step and layer.
+        runs: for each generation, `image_rows` by step and layer.
     """
 
     layers: tuple[int, int]
@@ -80,25 +82,34 @@ class ImageAttention(Control):
         """Compute the last row's probabilities beside the stock attention."""
         last = torch.tensor([call.q.shape[2] - 1], device=call.q.device)
         # a control further out that computes rows anew comes here again: its row counts
-        call.state[call.step.index, call.site.index] = image_row(call.queries_at(last))
+        call.state[call.step.index, call.site.index] = image_rows(call.queries_at(last))
         return call.proceed()
 
-    def maps(self, grid: tuple[int, int]) -> Tensor:
-        """Return the maps [T, L, gh, gw] of the first generation."""
+    def maps(self, grids: Sequence[tuple[int, int]]) -> list[Tensor]:
+        """Return the maps [T, L, gh, gw] of each prompt of the first generation.
+
+        Args:
+            grids: (gh, gw) of each prompt's picture.
+        """
         width = self.layers[1] - self.layers[0] + 1
         rows = [row for _, row in sorted(self.runs[0].items(), key=lambda item: item[0])]
-        return torch.stack(rows).view(-1, width, *grid)
+        parts = torch.stack(rows).cpu().split([high * wide for high, wide in grids], dim=1)
+        return [part.view(-1, width, *grid) for part, grid in zip(parts, grids, strict=True)]
 
 
-def image_row(call: AttentionCall) -> Tensor:
-    """Return the attention [n] of a call's only query to its n image tokens, mean over heads."""
+def image_rows(call: AttentionCall) -> Tensor:
+    """Return how each prompt's only query attends to its image tokens, mean over heads.
+
+    Returns:
+        [n], prompt after prompt: pictures may differ in their number of tokens.
+    """
     tokens = tokens_of(call, ImageAttention.name)
     batch, heads, _, width = call.q.shape
     grouped = call.q.float().reshape(batch, call.k.shape[1], -1, width)
     logits = (grouped @ call.k.float().transpose(-1, -2)).view(batch, heads, 1, -1)
     logits = logits * (width**-0.5 if call.scale is None else call.scale)
     weights = add_bias(call.mask, logits).softmax(dim=-1)
-    return weights[0, :, 0].mean(dim=0)[tokens.keys("image")[0]]
+    return weights[:, :, 0].mean(dim=1)[tokens.keys("image")]
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,6 +123,7 @@ class Carved:
         box: (left, top, right, bottom) of the regions in the picture, None if they do.
         mask: the regions, bool [H, W], None if they do.
         map: S, [H, W].
+        ended: whether the model ended the answer by itself.
     """
 
     answer: str
@@ -120,6 +132,15 @@ class Carved:
     box: tuple[int, int, int, int] | None
     mask: Mask | None
     map: Map
+    ended: bool
+
+
+class _Told(NamedTuple):
+    """An answer, the number of tokens that it took, and whether the model ended it."""
+
+    text: str
+    tokens: int
+    ended: bool
 
 
 @dataclass(frozen=True)
@@ -182,37 +203,81 @@ class Carver:
         Raises:
             HostError: if the model's image tokens are not one grid of one picture.
         """
-        image = _upright(image)
-        before, asked = self._look(image, question)
-        s = fused(asked, self._general(image, len(asked)), image.size, self.lam, self.steps)
+        return self.many([image], [question])[0]
+
+    def many(self, images: Sequence[Image], questions: Sequence[str]) -> list[Carved]:
+        """Answer questions about pictures, one about each, in batches of that size.
+
+        Args:
+            images: the pictures; the same one may come several times.
+            questions: as many.
+
+        Raises:
+            HostError: if the model's image tokens are not one grid of one picture each.
+        """
+        images = [_upright(image) for image in images]
+        looks = self._look(images, questions)
+        general = self._general(images, max((told.tokens for told, _ in looks), default=1))
+        found = [
+            self._refined(image, told, fused(asked, maps, image.size, self.lam, self.steps))
+            for image, (told, asked), maps in zip(images, looks, general, strict=True)
+        ]
+        again = [i for i, one in enumerate(found) if one.mask is not None]
+        shown = [
+            [found[i].image] if self.inputs == "refined" else [images[i], found[i].image]
+            for i in again
+        ]
+        told = self._ask(shown, [questions[i] for i in again], self.max_new_tokens)
+        for i, one in zip(again, told, strict=True):
+            found[i] = replace(found[i], answer=one.text, ended=one.ended)
+        return found
+
+    def _refined(self, image: Image, told: _Told, s: Map) -> Carved:
+        """Return what is known before the second look; it is not taken where the mask is None."""
         if flat(s) or self.p == 1:
-            return Carved(before, before, image, None, None, s)
+            return Carved(told.text, told.text, image, None, None, s, told.ended)
         mask = regions(s, self.p, self.regions)
         refined = refine(image, mask, self.form)
-        answer = self.ask([refined] if self.inputs == "refined" else [image, refined], question)
-        return Carved(answer, before, refined, box_of(mask), mask, s)
+        return Carved("", told.text, refined, box_of(mask), mask, s, False)
 
     def ask(self, images: Sequence[Image], question: str) -> str:
         """Return the answer to a question about pictures, without a second look."""
-        return self._ask(self._inputs(images, question), self.max_new_tokens)
+        return self.ask_many([images], [question])[0]
 
-    def _look(self, image: Image, text: str, steps: int | None = None) -> tuple[str, Tensor]:
-        """Return the answer to a text and the maps [T, L, gh, gw] that it was made with."""
-        inputs = self._inputs([image], text)
-        probe = ImageAttention(self.span())
+    def ask_many(self, images: Sequence[Sequence[Image]], questions: Sequence[str]) -> list[str]:
+        """Return the answers to questions, each about pictures of its own, in one batch."""
+        return [one.text for one in self._ask(images, questions, self.max_new_tokens)]
+
+    def _look(
+        self, images: Sequence[Image], texts: Sequence[str], steps: int | None = None
+    ) -> list[tuple[_Told, Tensor]]:
+        """Return the answers to texts and the maps [T, L, gh, gw] that they were made with."""
+        if not images:
+            return []
+        inputs = self._inputs([[image] for image in images], texts)
+        grids, probe = grids_of(self.model, inputs), ImageAttention(self.span())
         with patch(self.model, probe):
-            answer = self._ask(inputs, steps or self.max_new_tokens)
-        return answer, probe.maps(grid_of(self.model, inputs))
+            answers = self._told(inputs, steps or self.max_new_tokens)
+        # a row that ended goes on beside the others, with padding for tokens
+        maps = zip(answers, probe.maps(grids), strict=True)
+        return [(told, whole[: told.tokens]) for told, whole in maps]
 
-    def _general(self, image: Image, steps: int) -> Tensor:
-        """Return the general maps of a picture, at least `steps` of them if it has so many."""
+    def _general(self, images: Sequence[Image], steps: int) -> list[Tensor]:
+        """Return the general maps of pictures, at least `steps` of each if it has so many."""
         steps = 1 if self.steps == "start" else steps
-        key = hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest()
-        tried, maps = self.known.get(key, (0, None))
-        if maps is None or (tried < steps and len(maps) == tried):
-            maps = self._look(image, self.general, steps)[1]
+        keys = [_name(image) for image in images]
+        fresh = {
+            key: image
+            for key, image in zip(keys, images, strict=True)
+            if key not in self.known or self.known[key][0] == len(self.known[key][1]) < steps
+        }
+        made = self._look([*fresh.values()], [self.general] * len(fresh), steps)
+        for key, (_, maps) in zip(fresh, made, strict=True):
             self.known[key] = steps, maps
-        return maps
+        found = [self.known[key][1] for key in keys]
+        while len(self.known) > KEPT:
+            del self.known[next(iter(self.known))]
+        return found
 
     def span(self) -> tuple[int, int]:
         """Return the first and the last layer whose maps are used."""
@@ -224,25 +289,51 @@ class Carver:
         first, last = (round(one * (depth - 1) / (DEPTH - 1)) for one in LAYERS)
         return first, last
 
-    def _inputs(self, images: Sequence[Image], text: str) -> Any:
-        text = f"{text} {self.suffix}".strip()
-        if self.prompt is not None:
-            prompt = self.prompt(text, len(images))
-        else:
-            content = [{"type": "image"} for _ in images] + [{"type": "text", "text": text}]
-            chat = [{"role": "user", "content": content}]
-            prompt = self.processor.apply_chat_template(chat, add_generation_prompt=True)
-        made = self.processor(images=list(images), text=[prompt], return_tensors="pt")
+    def _inputs(self, images: Sequence[Sequence[Image]], texts: Sequence[str]) -> Any:
+        prompts = [
+            self._prompt(f"{text} {self.suffix}".strip(), len(some))
+            for some, text in zip(images, texts, strict=True)
+        ]
+        flat_list = [image for some in images for image in some]
+        padding = {"padding": True, "padding_side": "left"} if len(prompts) > 1 else {}
+        made = self.processor(images=flat_list, text=prompts, return_tensors="pt", **padding)
         return made.to(self.model.device, self.model.dtype)
 
-    def _ask(self, inputs: Any, tokens: int) -> str:
+    def _prompt(self, text: str, images: int) -> str:
+        if self.prompt is not None:
+            return self.prompt(text, images)
+        content = [{"type": "image"} for _ in range(images)] + [{"type": "text", "text": text}]
+        chat = [{"role": "user", "content": content}]
+        return str(self.processor.apply_chat_template(chat, add_generation_prompt=True))
+
+    def _ask(
+        self, images: Sequence[Sequence[Image]], texts: Sequence[str], tokens: int
+    ) -> list[_Told]:
+        return self._told(self._inputs(images, texts), tokens) if texts else []
+
+    def _told(self, inputs: Any, tokens: int) -> list[_Told]:
         with torch.no_grad():
             out = self.model.generate(
                 **inputs, max_new_tokens=tokens, do_sample=False, num_beams=1
             )
         written = out[:, inputs["input_ids"].shape[1] :]
-        answer: str = self.processor.batch_decode(written, skip_special_tokens=True)[0]
-        return answer.strip()
+        texts = self.processor.batch_decode(written, skip_special_tokens=True)
+        ends = self.model.generation_config.eos_token_id
+        last = {ends} if isinstance(ends, int) else {*(ends or ())}
+        return [
+            _Told(text.strip(), *_length(row, last))
+            for text, row in zip(texts, written.tolist(), strict=True)
+        ]
+
+
+def _length(row: Sequence[int], ends: set[int]) -> tuple[int, bool]:
+    """Return the tokens of an answer up to its end, and whether it has one."""
+    n = next((i + 1 for i, token in enumerate(row) if token in ends), None)
+    return (len(row), False) if n is None else (n, True)
+
+
+def _name(image: Image) -> str:
+    return hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest()
 
 
 def carve(model: Any, processor: Any, image: Image, question: str, **options: Any) -> Carved:
@@ -258,28 +349,32 @@ def carve(model: Any, processor: Any, image: Image, question: str, **options: An
     return Carver(model, processor, **options)(image, question)
 
 
-def grid_of(model: Any, inputs: Any) -> tuple[int, int]:
-    """Return (rows, columns) of the image tokens of a prompt with one picture.
+def grids_of(model: Any, inputs: Any) -> list[tuple[int, int]]:
+    """Return (rows, columns) of the image tokens of prompts with one picture each.
 
     Raises:
-        HostError: if they are none, those of several tiles, or no grid.
+        HostError: if some are none, those of several tiles, or no grid.
     """
-    found = sum(int((inputs["input_ids"] == one).sum()) for one in image_ids(model.config))
+    ids = inputs["input_ids"]
+    image = torch.isin(ids, torch.tensor(image_ids(model.config), device=ids.device))
+    found = image.sum(dim=1).tolist()
     if "image_grid_thw" in inputs:
         merge = model.config.vision_config.spatial_merge_size
-        _, rows, columns = inputs["image_grid_thw"][0].tolist()
-        grid = rows // merge, columns // merge
+        sizes = inputs["image_grid_thw"].tolist()
+        grids = [(rows // merge, columns // merge) for _, rows, columns in sizes]
     else:
         pixels = inputs["pixel_values"]
         tiles = pixels.shape[0] if pixels.ndim == 4 else pixels.shape[0] * pixels.shape[1]
-        side = math.isqrt(found) if tiles == 1 else 0
-        grid = side, side
-    if hasattr(model, "qformer") or not found or grid[0] * grid[1] != found:
+        sides = [math.isqrt(n) if tiles == len(found) else 0 for n in found]
+        grids = [(side, side) for side in sides]
+    whole = [a * b for a, b in grids] == found and all(found)
+    if hasattr(model, "qformer") or not whole:
         raise HostError(
-            f"the prompt's {found} image tokens are not one square grid of one picture (tiles, "
-            "a Q-Former, several pictures): CARVE cannot tell where they look"
+            f"the prompts' {', '.join(map(str, found))} image tokens are not one square grid of "
+            "one picture each (tiles, a Q-Former, several pictures): CARVE cannot tell where "
+            "they look"
         )
-    return grid
+    return grids
 
 
 def _upright(image: Image) -> Image:

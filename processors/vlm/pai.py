@@ -32,11 +32,19 @@ from attnctl.control import Control, register
 from attnctl.errors import OptionError
 from attnctl.hosts.run import Run
 from attnctl.kernels.group_attention import Edit
-from attnctl.records import AttentionCall, Tokens, WrittenRow
+from attnctl.records import AttentionCall, Reading, Tokens, WrittenRow
 from attnctl.selectors import Selection
 from attnctl.sites import Sites
 
-from .rows import EditedRow, RowMemory, edited, kernel_fits, recomputed_rows, tokens_of
+from .rows import (
+    EditedPrompt,
+    EditedRow,
+    RowMemory,
+    edited,
+    kernel_fits,
+    recomputed_rows,
+    tokens_of,
+)
 
 __all__ = ["PAI", "add_bias", "raised_logits"]
 
@@ -159,7 +167,8 @@ class PAI(Control):
         tokens = tokens_of(call, self.name)
         if kernel_fits(call, tokens):
             state: RaisedKeys = call.state
-            edit = Edit(state.codes(tokens, self.raised), self.alpha, heads=state.heads(call))
+            codes = state.codes(tokens, self.raised)
+            edit = Edit(codes, self.alpha, heads=state.heads_of(call))
             return edited(call, edit, lambda: state.rows(call, tokens, self.rows))
         if call.q.shape[2] == 1:  # a written token
             return self._raise(call, tokens)
@@ -173,7 +182,22 @@ class PAI(Control):
         if type(self).raised is not PAI.raised or not kernel_fits(call, tokens):
             return None
         codes = tokens.slots("image").view(torch.uint8)
-        return EditedRow(Edit(codes, self.alpha, heads=call.state.heads(call)))
+        return EditedRow(Edit(codes, self.alpha, heads=call.state.heads_of(call)))
+
+    def reading(self, call: AttentionCall) -> Reading | None:
+        """Return the edit of a prompt's rows, where the kernel can run."""
+        tokens, state = tokens_of(call, self.name), call.state
+        if type(self).raised is not PAI.raised or call.q.shape[2] == 1:
+            return None
+        if not kernel_fits(call, tokens):
+            return None
+        codes = tokens.slots("image").view(torch.uint8)
+        return EditedPrompt(
+            state.rows(call, tokens, self.rows),
+            codes.shape[1],
+            lambda _site, _residual, heads: Edit(codes, self.alpha, heads=heads),
+            state,
+        )
 
     def _raise(self, call: AttentionCall, tokens: Tokens) -> Tensor:
         bias = raised_logits(call.q, call.k, self._weights(call, tokens))

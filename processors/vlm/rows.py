@@ -15,10 +15,25 @@ import torch
 from torch import Tensor
 
 from attnctl.errors import HostError
-from attnctl.kernels.group_attention import Edit, Rows, edit_rows, edited_row, rows_fit
-from attnctl.records import AttentionCall, Tokens
+from attnctl.kernels.group_attention import (
+    Edit,
+    Rows,
+    edit_rows,
+    edited_row,
+    rows_fit,
+    with_edited_rows,
+)
+from attnctl.records import AttentionCall, PromptCall, Residual, Tokens
 
-__all__ = ["EditedRow", "RowMemory", "edited", "kernel_fits", "recomputed_rows", "tokens_of"]
+__all__ = [
+    "EditedPrompt",
+    "EditedRow",
+    "RowMemory",
+    "edited",
+    "kernel_fits",
+    "recomputed_rows",
+    "tokens_of",
+]
 
 _CHUNK_ELEMENTS = 1 << 24
 """Largest number of logits held at once."""
@@ -93,7 +108,9 @@ def edited(call: AttentionCall, edit: Edit, rows: Callable[[], Rows]) -> Tensor:
         rows: returns the queries to edit; not asked for a written token.
     """
     if call.q.shape[2] == 1:
-        return edited_row(call.q, call.k, call.v, edit, call.mask, call.scale)
+        row = edited_row(call.q, call.k, call.v, edit, call.mask, call.scale)
+        assert row is not None
+        return row
     out = call.proceed()
     edit_rows(
         call.q, call.k, call.v, out, edit, rows(), call.mask, call.scale, call.is_causal
@@ -117,10 +134,38 @@ class EditedRow:
         first: int,
     ) -> Tensor | None:
         """Return the output [B, H, 1, D], None where the kernel cannot take the call."""
-        if not rows_fit(q, k, v, mask):
-            return None
         edit = self.edit if first == self.edit.first else self.edit._replace(first=first)
         return edited_row(q, k, v, edit, mask, scale)
+
+
+class EditedPrompt:
+    """What is done to a prompt at every site: rows of the stock output edited (`Control.reading`).
+
+    Args:
+        rows: the queries to edit.
+        total: tokens so far, those of this forward included.
+        edit: returns the edit of a site from its number, the residual stream and the chosen
+            heads beside the queries.
+        memory: where the heads are kept.
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        total: int,
+        edit: Callable[[int, Residual | None, Tensor | None], Edit],
+        memory: RowMemory,
+    ) -> None:
+        self.rows, self.total, self.edit, self.memory = rows, total, edit, memory
+
+    def __call__(self, call: PromptCall) -> Tensor | None:
+        """Return the output [B, Nq, H, D], None where the kernel cannot take the call."""
+        site, q, k, v, mask, scale, causal, residual, chosen, stock = call
+        heads = None if chosen is None else self.memory.heads(site, chosen, q.device)
+        edit = self.edit(site, residual, heads)
+        if k.shape[2] < self.total:  # a sliding window
+            edit = edit._replace(first=self.total - k.shape[2])
+        return with_edited_rows(stock, q, k, v, edit, self.rows, mask, scale, causal)
 
 
 @dataclass(eq=False)
@@ -130,14 +175,17 @@ class RowMemory:
     _heads: dict[int, Tensor] = field(default_factory=dict)
     _rows: tuple[Tokens, Rows] | None = None
 
-    def heads(self, call: AttentionCall) -> Tensor | None:
-        """Return the chosen heads uint8 [H] beside the queries, None for all of them."""
+    def heads(self, site: int, chosen: Tensor, device: torch.device) -> Tensor:
+        """Return a site's chosen heads, bool [H], as uint8 beside the queries."""
+        if site not in self._heads:
+            self._heads[site] = chosen.to(device, torch.uint8)
+        return self._heads[site]
+
+    def heads_of(self, call: AttentionCall) -> Tensor | None:
+        """Return a call's chosen heads uint8 [H] beside the queries, None for all of them."""
         if call.every_head:
             return None
-        site = call.site.index
-        if site not in self._heads:
-            self._heads[site] = call.heads.to(call.q.device, torch.uint8)
-        return self._heads[site]
+        return self.heads(call.site.index, call.heads, call.q.device)
 
     def rows(self, call: AttentionCall, tokens: Tokens, role: str) -> Rows:
         """Return the queries of a role, or "all"; an edit has one role."""
@@ -148,8 +196,8 @@ class RowMemory:
                 columns = torch.arange(n, device=device, dtype=torch.int32)
                 flags = torch.ones((batch, n), device=device, dtype=torch.uint8)
             else:
-                found = tokens.columns(role)
-                columns = found.to(torch.int32)
-                flags = tokens.queries(role)[:, found].to(torch.uint8).contiguous()
+                found, where = tokens.rows(role)
+                columns = found.to(torch.int32).to(device, non_blocking=True)
+                flags = where.to(torch.uint8).contiguous().to(device, non_blocking=True)
             self._rows = tokens, Rows(columns, flags)
         return self._rows[1]

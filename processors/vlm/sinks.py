@@ -68,7 +68,7 @@ def dims_tensor(dims: Sequence[int], x: Tensor) -> Tensor:
             f"sink dimension {max(dims)} is outside this model's {x.shape[-1]}: the dimensions "
             "are those of another checkpoint; attnctl.calibrate_sink_dims finds them"
         )
-    return torch.tensor(tuple(dims), device=x.device)
+    return torch.tensor(tuple(dims)).to(x.device, non_blocking=True)
 
 
 @dataclass(eq=False)
@@ -84,11 +84,14 @@ class SinkMemory(RowMemory):
         tau: least phi of a sink.
         protect: image tokens that are never sinks, by number from 0 within a prompt's image
             tokens.
+        sites: how many sites are asked for in a forward, to make room for.
     """
 
     dims: tuple[int, ...] = ()
     tau: float = 20.0
     protect: tuple[int, ...] = ()
+    sites: int = 1
+    _room: list[Tensor] = field(default_factory=list)
     _index: Tensor | None = None
     _labels: tuple[Tokens, Tensor] | None = None
     _codes: dict[int, Tensor] = field(default_factory=dict)
@@ -98,17 +101,37 @@ class SinkMemory(RowMemory):
 
     def codes(self, call: AttentionCall, tokens: Tokens) -> Tensor:
         """Return the codes [B, P] of the first tokens, uint8."""
-        site, residual = call.site.index, call.residual
+        return self.codes_at(
+            call.site.index, call.residual, tokens, call.step.index, call.q.shape[0]
+        )
+
+    def codes_at(
+        self, site: int, residual: Residual | None, tokens: Tokens, step: int, rows: int
+    ) -> Tensor:
+        """Return the codes [B, P] of the first tokens at a site, uint8.
+
+        Args:
+            site: its number.
+            residual: what its layer reads.
+            tokens: roles of the tokens of this forward.
+            step: number of this forward.
+            rows: batch size.
+
+        Raises:
+            HostError: if the residual stream is not known.
+        """
         if residual is None:
             raise HostError(
-                f"the residual stream of {call.site} is not known: its layer was not called in "
+                f"the residual stream of site {site} is not known: its layer was not called in "
                 "the usual way, so that no sinks can be found"
             )
-        if self._seen.get(site) != (call.step.index, residual.past):
-            self._seen[site] = (call.step.index, residual.past)
+        at = step, residual.past
+        if self._seen.get(site) != at:
+            self._seen[site] = at
             if residual.past < residual.prompt:
                 self._read(site, residual, tokens)
-        return fit_rows(self._codes[site], call.q.shape[0])
+        codes = self._codes[site]
+        return codes if codes.shape[0] == rows else fit_rows(codes, rows)
 
     def groups(self, call: AttentionCall, tokens: Tokens) -> Tensor:
         """Return masks [B, 3, P] of the first keys: text sinks, image sinks, other image tokens.
@@ -129,8 +152,10 @@ class SinkMemory(RowMemory):
         from the device together.
         """
         if site not in self._acts:
-            known = [(codes == 2).any() for codes in self._codes.values()]
-            self._acts = dict(zip(self._codes, torch.stack(known).tolist(), strict=True))
+            all_codes = list(self._codes.values())
+            known = torch.stack([codes.to(all_codes[0].device) for codes in all_codes])
+            acts = (known == 2).flatten(1).any(1).tolist()
+            self._acts = dict(zip(self._codes, acts, strict=True))
         return self._acts[site]
 
     def _read(self, site: int, residual: Residual, tokens: Tokens) -> None:
@@ -151,10 +176,18 @@ class SinkMemory(RowMemory):
         if standard and codes_fit(x):
             limit = residual.prompt - residual.past
             labels = self._labels_of(residual, tokens)
-            return sink_codes(x, self._dims(x), labels, self.tau, limit)
+            return sink_codes(x, self._dims(x), labels, self.tau, limit, self._room_for(x))
         found = self.found(residual, tokens).to(torch.uint8)
         image = tokens.slots("image")[:, residual.past :]
         return torch.where(image, 3 - found, found)
+
+    def _room_for(self, x: Tensor) -> Tensor:
+        """Return room for codes [B, N]: made for all sites of a forward at once."""
+        last = self._room[-1] if self._room else None
+        if last is None or last.shape != x.shape[:2] or last.device != x.device:
+            shape = (self.sites, *x.shape[:2])
+            self._room = list(torch.empty(shape, dtype=torch.uint8, device=x.device))
+        return self._room.pop()
 
     def _labels_of(self, residual: Residual, tokens: Tokens) -> Tensor:
         """Return what the kernel is told of this forward's tokens; the layers share it."""

@@ -40,11 +40,11 @@ from attnctl.control import Control, register
 from attnctl.errors import OptionError
 from attnctl.hosts.run import Run
 from attnctl.kernels.group_attention import Edit, regrouped_attention
-from attnctl.records import STOCK, AttentionCall, WrittenRow
+from attnctl.records import STOCK, AttentionCall, Reading, Residual, WrittenRow
 from attnctl.selectors import Selection
 from attnctl.sites import Sites
 
-from .rows import EditedRow, edited, kernel_fits, recomputed_rows, tokens_of
+from .rows import EditedPrompt, EditedRow, edited, kernel_fits, recomputed_rows, tokens_of
 from .sinks import SinkMemory
 
 __all__ = ["VAR", "reads_image", "redistribution"]
@@ -196,7 +196,9 @@ class VAR(Control):
 
     def begin(self, run: Run, selection: Selection) -> SinkMemory:
         """Return the memory of a prompt's sinks."""
-        return SinkMemory(dims=self.sink_dims, tau=self.tau, protect=self.protect)
+        return SinkMemory(
+            dims=self.sink_dims, tau=self.tau, protect=self.protect, sites=len(selection)
+        )
 
     def attend(self, call: AttentionCall) -> Tensor:
         """Run the stock attention, then the text rows with attention redistributed."""
@@ -206,7 +208,7 @@ class VAR(Control):
         if single and not state.act(call.site.index):
             return call.proceed()
         if kernel_fits(call, tokens):
-            edit = self._edit(call, codes)._replace(first=tokens.first)
+            edit = self._edit(codes, state.heads_of(call))._replace(first=tokens.first)
             return edited(call, edit, lambda: state.rows(call, tokens, "text"))
         groups = state.groups(call, tokens)
         if single:
@@ -222,10 +224,23 @@ class VAR(Control):
             return STOCK
         if not kernel_fits(call, tokens):
             return None
-        return EditedRow(self._edit(call, call.state.codes(call, tokens)))
+        codes = call.state.codes(call, tokens)
+        return EditedRow(self._edit(codes, call.state.heads_of(call)))
 
-    def _edit(self, call: AttentionCall, codes: Tensor) -> Edit:
-        heads = call.state.heads(call)
+    def reading(self, call: AttentionCall) -> Reading | None:
+        """Return the edit of a prompt's rows, where the kernel can run."""
+        tokens, state = tokens_of(call, self.name), call.state
+        if call.q.shape[2] == 1 or not kernel_fits(call, tokens):
+            return None
+        batch, step = call.q.shape[0], call.step.index
+
+        def edit(site: int, residual: Residual | None, heads: Tensor | None) -> Edit:
+            return self._edit(state.codes_at(site, residual, tokens, step, batch), heads)
+
+        total = tokens.slots("image").shape[1]
+        return EditedPrompt(state.rows(call, tokens, "text"), total, edit, state)
+
+    def _edit(self, codes: Tensor, heads: Tensor | None) -> Edit:
         return Edit(codes, self.p_moved, True, self.rho_nonsink, self.image_mass, heads)
 
     def _redistribute(self, call: AttentionCall, groups: Tensor, old: Tensor) -> Tensor:

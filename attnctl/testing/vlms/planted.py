@@ -17,11 +17,11 @@ from torch import Tensor
 
 from ...control import Control
 from ...hosts.vlm_discover import decoder_of
-from ...hosts.vlm_tokens import image_ids
+from ...hosts.vlm_tokens import fit_rows, image_ids
 from ...patch import patch
 from ...records import AttentionCall
 
-__all__ = ["Planting", "planted"]
+__all__ = ["Planting", "planted", "quiet_dims"]
 
 BOS = 1
 """Id of the first token of a text, in Llama's vocabularies and the tiny ones."""
@@ -44,6 +44,26 @@ class Planting:
     layer: int = 1
     spike: float = 200.0
     bonus: float = 8.0
+
+
+def quiet_dims(model: Any, first: int = Planting.layer, n: int = 2) -> tuple[int, ...]:
+    """Return the dimensions that the layers' values read least.
+
+    Sinks of trained models have small values: they take attention and add little. A spike in
+    any other dimension of a small model also adds a large value to every head that looks at it.
+
+    Args:
+        model: a vision-language model whose decoder has Llama's layers.
+        first: first layer that counts.
+        n: how many dimensions.
+    """
+    layers: Any = decoder_of(model).layers
+    read = [
+        layer.input_layernorm.weight.abs() * layer.self_attn.v_proj.weight.norm(dim=0)
+        for layer in layers[first:]
+    ]
+    order = torch.stack(read).float().amax(dim=0).argsort()
+    return tuple(int(dim) for dim in order[:n])
 
 
 @contextlib.contextmanager
@@ -82,13 +102,15 @@ def planted(model: Any, planting: Planting, *controls: Control) -> Iterator[None
 
 
 def _spiked(x: Tensor, ids: Tensor, images: tuple[int, ...], planting: Planting) -> Tensor:
+    ids = fit_rows(ids, x.shape[0])
+    image = torch.isin(ids, torch.tensor(images, device=ids.device))
+    number = torch.tensor(planting.tokens, device=ids.device)
+    there = image & torch.isin(image.cumsum(1) - 1, number)
+    first = (ids == BOS).int().argmax(1)  # 0 in prompts without it
+    there |= torch.arange(ids.shape[1], device=ids.device) == first[:, None]
     x = x.clone()
-    for row, one in enumerate(ids.repeat_interleave(x.shape[0] // ids.shape[0], dim=0)):
-        image = torch.isin(one, torch.tensor(images, device=one.device))
-        first = int((one == BOS).int().argmax())  # 0 in prompts without it
-        places = [first, *image.nonzero()[:, 0][list(planting.tokens)].tolist()]
-        for dim in planting.dims:
-            x[row, places, dim] = planting.spike
+    for dim in planting.dims:
+        x[..., dim].masked_fill_(there, planting.spike)
     return x
 
 

@@ -1,0 +1,77 @@
+"""The benches of the head search, small."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from attnctl.apps.bench import heads_speed, heads_table
+
+
+def test_rows_tell_means_and_shares_of_greedy() -> None:
+    noise = np.linspace(-1, 1, 40)
+    found = {
+        "greedy 0": 1 + noise, "greedy 1": 3 + noise, "halving 0": 1.9 + noise,
+        "random 0": noise, "layer 0": noise, "layer 1": 0.5 + noise, "all": noise - 1,
+    }  # fmt: skip
+    rows = {row["kind"]: row for row in heads_table.rows(found)}
+    assert list(rows) == ["greedy", "halving", "random", "all", "best layer (1)"]
+    assert rows["greedy"]["gain"][0] == pytest.approx(2) and rows["greedy"]["each"] == [1, 3]
+    assert rows["halving"]["of greedy"] == pytest.approx(0.95)
+    value, low, high = rows["halving"]["less 95 % of greedy"]
+    # each picture's own part of the noise that is left, a twentieth
+    assert value == pytest.approx(0, abs=1e-6) and 0.005 < high - low < 0.03
+
+
+@pytest.fixture
+def two_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(heads_table.CALL, "num_inference_steps", 2)
+    monkeypatch.setattr(heads_table, "STRENGTHS", (0.5, 1.0))
+
+
+def test_the_sweep_tells_the_gain_by_strength(
+    two_steps: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["--sweep", "--n", "3", "--batch", "8", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["heads_table", *words])
+    heads_table.main()
+    data: dict[str, Any] = json.loads((tmp_path / "heads-sweep.json").read_text())
+    first, last = data["sweep"]
+    assert data["n"] == 3 and (first["u"], last["u"]) == (0.5, 1.0)
+    assert first["gain"] == first["over the last"] and last["gain"][0] > first["gain"][0] > 0
+    assert last["gain"][0] - first["gain"][0] == pytest.approx(last["over the last"][0], abs=2e-5)
+
+
+def test_a_table_holds_every_set(
+    two_steps: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One cheap strategy at a tenth of the paper's steps."""
+    monkeypatch.setattr(heads_table, "SEARCH_SEEDS", (0,))
+    monkeypatch.setattr(heads_table, "RANDOM", 1)
+    monkeypatch.setattr(heads_table, "trained_prompts", lambda n, *a, **k: ["a red circle"] * 2)
+    words = ["--strategies", "halving", "--only", "redness:3", "--n", "2", "--top-k", "1"]
+    more = ["--rounds", "1", "--batch", "32", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["heads_table", *words, *more])
+    heads_table.main()
+    data = json.loads((tmp_path / "heads-redness-3.json").read_text())["redness:3"]
+    assert len(data["sets"]) == 1 + heads_table.RANDOM + 8 + 1
+    assert len(data["sets"]["halving 0"].split()) == 1 and data["forwards"]["halving 0"] > 0
+    kinds = [row["kind"] for row in data["rows"]]
+    assert kinds[:3] == ["halving", "random", "all"] and kinds[3].startswith("best layer")
+
+
+def test_speed_is_measured_for_every_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "speed.json"
+    words = ["--batches", "1,2", "--candidates", "2", "--steps", "1", "--rounds", "1"]
+    monkeypatch.setattr(sys, "argv", ["heads_speed", *words, "--out", str(out)])
+    heads_speed.main()
+    data = json.loads(out.read_text())
+    assert [row["batch"] for row in data["rows"]] == [1, 2] and data["size"] == "tiny"
+    assert all(len(row["each"]) == 1 and row["median"] > 0 for row in data["rows"])

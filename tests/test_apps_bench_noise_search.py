@@ -1,0 +1,57 @@
+"""The cost bench of the search for noise, on a small UNet."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import attnctl
+from attnctl.apps.bench import cost, latent_cost, noise_search
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(
+        cost.MODELS,
+        "sd-small",
+        lambda: cost._sd1(
+            sample_size=16,
+            cross_attention_dim=16,
+            layers_per_block=1,
+            block_out_channels=(16, 16, 16, 16),
+            norm_num_groups=8,
+        ),
+    )
+
+
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(noise_search, "MANY", 3)
+    out = tmp_path / "search.json"
+    noise_search.main(["--rounds", "1", "--out", str(out)])
+    found = json.loads(out.read_text())["sd-small"]
+    assert list(found) == ["stock step", "look, all", "look, words' maps alone"]
+    assert found["stock step"]["ms"] > 0
+    step, look = found["stock step"]["ms"], found["look, all"]
+    assert look["of a stock step"] == pytest.approx(look["ms"] / step, abs=1e-3)
+
+
+@pytest.mark.parametrize("arm", noise_search.ARMS)
+def test_a_search_takes_the_looks_that_it_says(arm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from attnctl.processors.latent.engine import Pass
+
+    unet, inputs = latent_cost.build("sd-small", "cpu", torch.float32)
+    pipe = latent_cost.pipelines(unet, inputs)[0]
+    looks: list[int] = []
+    stock = Pass.look
+
+    def count(self: Pass, *arguments: object) -> object:
+        looks.append(1)
+        return stock(self, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Pass, "look", count)
+    with attnctl.patch(pipe, noise_search.search(5, **noise_search.ARMS[arm])):
+        pipe(**latent_cost.call_of(unet, inputs, 2))
+    assert len(looks) == 5

@@ -1,0 +1,97 @@
+"""What a kernel is started with, and when Triton is asked; stand-ins for Triton and the GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from attnctl.kernels.group_attention import Edit, Rows, launch
+from attnctl.kernels.group_attention import triton as kernel
+from attnctl.kernels.group_attention.launch import Launch
+from attnctl.testing.calls import tensors
+
+
+class Compiled(launch.CompiledKernel):
+    """Notes what it is started with."""
+
+    def __init__(self, calls: list[Any]) -> None:
+        self.calls = calls
+
+    def __getitem__(self, grid: Any) -> Any:
+        return lambda *args: self.calls.append((grid, args))
+
+
+class Kernel:
+    """Notes what Triton is asked for, and gives a compiled kernel back."""
+
+    def __init__(self) -> None:
+        self.asked: list[Any] = []
+        self.direct: list[Any] = []
+
+    def __getitem__(self, grid: Any) -> Any:
+        def run(*args: Any, **constants: Any) -> Compiled:
+            self.asked.append((grid, args, constants))
+            return Compiled(self.direct)
+
+        return run
+
+
+def made(found: Kernel, sizes: tuple[int, ...] = (32, 0), **constants: Any) -> Launch:
+    return Launch(found, (2, 1, 1), "types", 1, sizes, (7, 0.5), {"A": True, **constants})
+
+
+def test_triton_is_asked_once_for_a_kind() -> None:
+    found, x, y = Kernel(), torch.zeros(64), torch.zeros(65)[1:]
+    start = made(found)
+    for _ in range(3):
+        start((x, y), 3, 0.25)
+    assert found.asked == [((2, 1, 1), (x, y, 3, 0.25, 32, 0, 7, 0.5), {"A": True})]
+    args = (x.data_ptr(), y.data_ptr(), 3, 0.25, 32, 0, 7, 0.5, True)
+    assert found.direct == [((2, 1, 1), args)] * 2  # in the order of the kernel's parameters
+    made(found, (64, 16))((x, y), 3, 0.25)  # other sizes of the same kind
+    assert len(found.asked) == 1 and len(found.direct) == 3
+    made(found, A=False)((x, y), 3, 0.25)  # another constant is another kernel
+    assert len(found.asked) == 2
+
+
+def test_triton_is_asked_where_it_would_compile_otherwise() -> None:
+    found, x, y = Kernel(), torch.zeros(64), torch.zeros(65)[1:]
+    start = made(found)
+    for _ in range(2):
+        start((y, x), 3, 0.25)  # an address that is no multiple of 16
+    for sizes in ((33, 0), (2**31, 0)):
+        for _ in range(2):
+            made(found, sizes)((x, y), 3, 0.25)
+    assert len(found.asked) == 6 and not found.direct
+    start((x, y), 3, 0.25)
+    start((y, x), 3, 0.25)
+    assert len(found.asked) == 8 and not found.direct
+    start((x, y), 3, 0.25)
+    assert len(found.direct) == 1
+
+
+def test_rows_of_a_prompt_and_of_written_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All layers share what is made once; whole numbers do not become constants."""
+    monkeypatch.setattr(kernel, "_KNOWN", {})
+    found = Kernel()
+    monkeypatch.setattr(kernel, "edited_rows_kernel", found)
+    codes = torch.zeros(1, 40, dtype=torch.uint8)
+    edit = Edit(codes, 1, move=True, rho=0, least=1)
+    q, k, v = tensors(1, 2, 48, 16, dtype=torch.float32)
+    rows = Rows(torch.zeros(1, dtype=torch.int32), torch.ones(1, 1, dtype=torch.uint8))
+    for some, single in ((rows, q), (None, q[:, :, :1])):
+        calls = [
+            kernel.rows_call(single, k, v, None, edit, some, None, scale, some is not None)
+            for scale in (None, None, 0.5)
+        ]
+        assert calls[0] is calls[1] is not calls[2] and calls[0] is not None
+        calls[0](single, k, v, torch.empty(1, 48, 2, 16), edit, some, None)
+        numbers = found.asked[-1][1][10:14]
+        assert numbers == (0, 1.0, 0.0, 1.0)
+        assert [type(number) for number in numbers] == [int, float, float, float]
+    assert [asked[2]["ALONE"] for asked in found.asked] == [False, True]
+    wide = tensors(1, 2, 48, 272, dtype=torch.float32)
+    assert kernel.rows_call(*wide, None, edit, rows, None, None, True) is None
