@@ -204,10 +204,8 @@ def merge_parts_kernel(
     free = i_h >= 0
     if SOME:
         free = tl.load(Heads + i_h) != 0
-    stored = i_h >= 0
     if not ALONE:
         free = free & (tl.load(Flags + i_b * n_rows + i_r) != 0)
-        stored = free
     part = ((i_b * n_rows + i_r) * tl.num_programs(0) + i_h) * n_splits + o_s
     p_part = Parts + part.to(tl.int64) * (3 * DP + 8)
     p_acc = p_part[:, None] + o_d[None, :]
@@ -230,14 +228,16 @@ def merge_parts_kernel(
             one + text, one + image, one + rest, strength, rho, least, free,
         )  # fmt: skip
         b_o = tl.sum(b_o, 0)
-        if not ALONE:
-            stored = tl.max(chosen.to(tl.int32), 0) != 0
+        stored = tl.max(chosen.to(tl.int32), 0) != 0
     else:
+        stored = free
         b_o = acc / tl.where(total > 0.0, total, 1.0)
     p_o = Out + i_b.to(tl.int64) * so_b + i_h.to(tl.int64) * so_h + o_d
+    end = D
     if not ALONE:
+        end = tl.where(stored, D, 0)
         p_o += tl.load(Columns + i_r).to(tl.int64) * so_n
-    tl.store(p_o, b_o.to(Out.dtype.element_ty), mask=(o_d < D) & stored)
+    tl.store(p_o, b_o.to(Out.dtype.element_ty), mask=o_d < end)
 
 
 INTERPRETED = not isinstance(edited_rows_kernel, triton.runtime.JITFunction)
