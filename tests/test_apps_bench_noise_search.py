@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,6 +26,27 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
             norm_num_groups=8,
         ),
     )
+
+
+def test_a_look_is_what_one_more_of_them_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of 2 s and a quarter of a second for each look; a stock step takes 100 ms."""
+    now = [0.0]
+
+    def run(pipe: object, looks: int | None, options: object) -> int:
+        now[0] += 2 + 0.25 * (looks or 0)
+        return 0
+
+    monkeypatch.setattr(noise_search, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(noise_search, "peak_of", run)
+    monkeypatch.setattr(noise_search, "search", lambda looks, **changed: looks)
+    monkeypatch.setattr(noise_search, "call_of", lambda *args, **kwargs: {})
+    unet, steps = (
+        SimpleNamespace(device=torch.device("cpu")),
+        SimpleNamespace(milliseconds=[100.0]),
+    )
+    pipe = SimpleNamespace(unet=unet, scheduler=steps)
+    found = noise_search.measure(pipe, lambda n: {}, 2)
+    assert found["look, all"] == {"ms": 250.0, "of a stock step": 2.5}
 
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-import torch.nn.functional as functional
 from torch import Tensor
 
 import attnctl
@@ -19,6 +18,7 @@ from attnctl.processors.latent import engine
 from attnctl.processors.latent.engine import LatentControl, Maps
 from attnctl.processors.latent.targets import Target, targets_of
 from attnctl.testing import zoo
+from attnctl.testing.calls import sdpa_inputs
 from attnctl.words.prompts import Prompt
 
 WORDS = [[1], [2]]
@@ -70,16 +70,7 @@ class Squares(LatentControl):
 
 def squares(model: Any, inputs: dict[str, Any], n: int, monkeypatch: Any) -> Tensor:
     """The loss of `Squares` by explicit maps, from every attention call with text keys."""
-    calls: list[Any] = []
-    stock = functional.scaled_dot_product_attention
-
-    def note(q: Tensor, k: Tensor, *rest: Any, **more: Any) -> Tensor:
-        calls.append((q, k))
-        return stock(q, k, *rest, **more)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(functional, "scaled_dot_product_attention", note)
-        model(**inputs)
+    calls = sdpa_inputs(model, inputs, monkeypatch)
     text = inputs["encoder_hidden_states"].shape[1]
     maps = []
     for q, k in calls:

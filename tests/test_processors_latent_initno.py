@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as functional
 from torch import Tensor
 
 import attnctl
@@ -32,7 +31,7 @@ from attnctl.processors.latent.maps import Seen, image_rows, of_sample, smoothed
 from attnctl.processors.latent.targets import Target
 from attnctl.records import Step
 from attnctl.testing import oracles, zoo
-from attnctl.testing.calls import tensors
+from attnctl.testing.calls import sdpa_inputs, tensors
 
 WORDS = [[1], [2]]
 PROMPTS = ["a red circle and a blue square", "a green ring and a yellow star"]
@@ -215,16 +214,7 @@ def test_losses_by_hand(seed: int) -> None:
 
 def look_by_hand(model: Any, inputs: dict[str, Any], joint: bool, monkeypatch: Any) -> Any:
     """Maps of all text tokens and of all image rows on the grid, from every attention call."""
-    calls: list[Any] = []
-    stock = functional.scaled_dot_product_attention
-
-    def note(q: Tensor, k: Tensor, *rest: Any, **more: Any) -> Tensor:
-        calls.append((q, k))
-        return stock(q, k, *rest, **more)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(functional, "scaled_dot_product_attention", note)
-        model(**inputs)
+    calls = sdpa_inputs(model, inputs, monkeypatch)
     text = inputs["encoder_hidden_states"].shape[1]
     cross, own = [], []
     finest = max(q.shape[2] for q, _ in calls)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 import attnctl
 from attnctl.processors.vlm.pai import add_bias, raised_logits
 from attnctl.testing import oracles
+from attnctl.testing.calls import Record
 from attnctl.testing.vlms import VLMS, generate
 
 IMAGE, ALPHA = 10, 0.7
@@ -45,20 +45,6 @@ def test_masked_tokens_stay_masked(kind: str) -> None:
     if kind != "none":
         assert (both.softmax(-1)[..., 1] == 0).all()
     assert torch.equal(both[..., [0, 2, 3]], bias[..., [0, 2, 3]])
-
-
-@dataclasses.dataclass(frozen=True)
-class Record(attnctl.Control):
-    """Keeps the calls and what the controls further in made of them."""
-
-    calls: list[tuple[attnctl.AttentionCall, Tensor]] = dataclasses.field(default_factory=list)
-
-    name: ClassVar[str] = "record"
-    kinds: ClassVar[tuple[str, ...]] = ("causal",)
-
-    def attend(self, call: attnctl.AttentionCall) -> Tensor:
-        self.calls.append((call, call.proceed()))
-        return self.calls[-1][1]
 
 
 def explicit(

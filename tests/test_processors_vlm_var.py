@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ import attnctl
 from attnctl.processors.vlm.sinks import phi
 from attnctl.processors.vlm.var import reads_image, redistribution
 from attnctl.testing import oracles
+from attnctl.testing.calls import Record
 from attnctl.testing.vlms import VLMS, generate
 
 IMAGE = 10
@@ -22,20 +23,6 @@ FEW = ("llava", "qwen2.5-vl", "gemma3", "internvl")
 DIMS, TAU, RHO, P = (3, 17), 1.3, 0.4, 0.6
 SMALL: dict[str, Any] = {"sink_dims": DIMS, "tau": TAU, "rho_nonsink": RHO, "image_mass": 0.1}
 """Random weights have no real sinks: with these options some tokens count as such."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Record(attnctl.Control):
-    """Keeps the calls and what the controls further in made of them."""
-
-    calls: list[tuple[attnctl.AttentionCall, Tensor]] = dataclasses.field(default_factory=list)
-
-    name: ClassVar[str] = "record"
-    kinds: ClassVar[tuple[str, ...]] = ("causal",)
-
-    def attend(self, call: attnctl.AttentionCall) -> Tensor:
-        self.calls.append((call, call.proceed()))
-        return self.calls[-1][1]
 
 
 # -- the formula -----------------------------------------------------------------------------

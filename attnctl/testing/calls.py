@@ -3,15 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
+from ..control import Control
 from ..records import AttentionCall, Rows, Site, Spans, Step
 
-__all__ = ["attention_call", "joint_spans", "sdpa", "tensors"]
+__all__ = ["Record", "attention_call", "joint_spans", "sdpa", "sdpa_inputs", "tensors"]
+
+
+@dataclass(frozen=True)
+class Record(Control):
+    """Keeps the calls of language models and what the controls further in made of them."""
+
+    calls: list[tuple[AttentionCall, Tensor]] = field(default_factory=list)
+
+    name: ClassVar[str] = "record"
+    kinds: ClassVar[tuple[str, ...]] = ("causal",)
+
+    def attend(self, call: AttentionCall) -> Tensor:
+        """Keep the call."""
+        self.calls.append((call, call.proceed()))
+        return self.calls[-1][1]
+
+
+def sdpa_inputs(model: Any, inputs: dict[str, Any], monkeypatch: Any) -> list[tuple[Tensor, ...]]:
+    """Return q and k of every attention call of a forward of an unpatched model, in order."""
+    calls: list[tuple[Tensor, ...]] = []
+    stock = functional.scaled_dot_product_attention
+
+    def note(q: Tensor, k: Tensor, *rest: Any, **more: Any) -> Tensor:
+        calls.append((q, k))
+        return stock(q, k, *rest, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(functional, "scaled_dot_product_attention", note)
+        model(**inputs)
+    return calls
 
 
 def tensors(
