@@ -98,3 +98,12 @@ def test_placebos_of_spacetime(task: Any) -> None:
             pictures[arm] = task.run(0, 2)
     one, whole, other = pictures.values()
     assert (one != whole).any() and (one != other).any() and (whole != other).any()
+
+
+def test_a_row_counts_what_was_won_and_lost() -> None:
+    """Of five pictures two come right, one goes wrong."""
+    stock = {key: np.array([0.0, 0, 0, 1, 1]) for key in steering_table.FIGURES}
+    arm = {key: np.array([1.0, 1, 0, 0, 1]) for key in steering_table.FIGURES}
+    row = steering_table._row("arm", arm, stock)
+    assert (row["won"], row["lost"]) == (2, 1)
+    assert row["gains"]["exact"]["value"] == pytest.approx(0.2)
