@@ -8,29 +8,19 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 from PIL import Image
 
 from attnctl.apps.bench import batch_kill
 from attnctl.apps.bench.batch_folder import noted, results
-from attnctl.apps.models import load
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 
-@pytest.fixture(scope="module")
-def pipe() -> Any:
-    return load("tiny-sd3", device="cpu")
-
-
 @pytest.mark.parametrize("batch", [1, 4])
-def test_killed_batches_go_on(
-    batch: int, pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
-    runs = batch_kill.Runs(pipe, 5, batch, 1)
+def test_killed_batches_go_on(batch: int, tmp_path: Path) -> None:
+    runs = batch_kill.Runs("tiny-sd3", 5, batch, 1)
     found = batch_kill.campaign(runs, 2, tmp_path, seed=batch)
     assert len(found) == 2
     assert len(results(tmp_path / "whole")) == len(noted(tmp_path / "whole")) + 1 == 6

@@ -1,7 +1,6 @@
 """The command on the shape world with tiny-llava: result, resume after kill -9, plug-ins."""
 
 import json
-import multiprocessing
 import random
 import signal
 import time
@@ -16,6 +15,7 @@ from PIL import Image
 import attnctl
 from attnctl import assets
 from attnctl.apps import cli
+from attnctl.apps.bench.nursery import nursery
 from attnctl.apps.eval import arms, command
 from attnctl.apps.eval.answer_file import load
 from attnctl.apps.eval.answering import Answerer, Reply
@@ -285,15 +285,16 @@ def test_a_control_that_is_never_reached_is_an_error(monkeypatch: pytest.MonkeyP
 
 def test_kill_9_at_any_moment(data: Path, tmp_path: Path) -> None:
     """A run with tiny-llava, killed again and again, ends with the answers of a whole one."""
-    context = multiprocessing.get_context("fork")  # the model's libraries are there already
     assert cli.run(words(data, tmp_path / "whole")) == 0
     whole = answers(tmp_path / "whole", "stock").read_bytes()
     chance, out = random.Random(0), tmp_path / "killed"
     kills, kept = 0, b""
     for size in sorted(chance.randrange(len(whole) - 200) for _ in range(5)):
-        process = context.Process(target=cli.run, args=(words(data, out),))
+        process = nursery().Process(target=cli.run, args=(words(data, out),))
         process.start()
+        begin = time.monotonic()
         while process.is_alive() and _size(out) <= size:
+            assert time.monotonic() < begin + 300, f"stuck at {_size(out)} bytes"
             time.sleep(0.001)
         process.kill()
         process.join()

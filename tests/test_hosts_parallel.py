@@ -1,9 +1,16 @@
-"""Context parallelism (Ulysses): two processes over gloo on the CPU against one."""
+"""Context parallelism (Ulysses): two processes over gloo on the CPU against one.
+
+The two are forked, which is safe only where no other thread runs: one that holds a lock at that
+moment leaves it locked in the child for ever. So these tests run in a process of their own.
+"""
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
+import subprocess
+import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +36,18 @@ pytestmark = [
 
 SPARSE = attnctl.Radial(decay=0.3, block=32, dense_layers=0, start=0.0)
 WAIT = 120
+ALONE = "ATTNCTL_TESTS_FORK"
+alone = pytest.mark.skipif(ALONE not in os.environ, reason="run by test_in_a_clean_process")
+
+
+@pytest.mark.skipif(ALONE in os.environ, reason="this is the clean process")
+def test_in_a_clean_process() -> None:
+    command = [sys.executable, "-P", "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [*command, "-p", "no:xdist", "-k", "not refused", __file__],
+        env={**os.environ, ALONE: "1"}, capture_output=True, text=True, timeout=4 * WAIT,
+    )  # fmt: skip
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-4000:]
 
 
 def per_head(tokens: VideoTokens) -> BlockMask:
@@ -73,10 +92,13 @@ def in_two(work: Callable[[], Any], tmp_path: Path) -> list[Any]:
 
 
 def _fork(work: Callable[[], Any], tmp_path: Path, rank: int) -> int:
+    said = (tmp_path / f"{rank}.txt").open("w")
     child = os.fork()
     if child:
+        said.close()
         return child
     code = 1
+    faulthandler.dump_traceback_later(2 * WAIT, exit=True, file=said)  # a fork may be stuck
     try:
         torch.set_num_threads(1)
         torch.distributed.init_process_group(
@@ -86,8 +108,9 @@ def _fork(work: Callable[[], Any], tmp_path: Path, rank: int) -> int:
         torch.distributed.barrier()
         code = 0
     except BaseException:
-        (tmp_path / f"{rank}.txt").write_text(traceback.format_exc())
+        traceback.print_exc(file=said)
     finally:
+        said.close()
         os._exit(code)
 
 
@@ -105,6 +128,7 @@ def sample(pipe: Any, control: Control) -> tuple[Tensor, Any]:
         return run(pipe), handle.report()
 
 
+@alone
 def test_two_processes_give_what_one_gives(tmp_path: Path) -> None:
     pipe = build()
     stock = run(pipe)
@@ -134,6 +158,7 @@ newer = pytest.mark.skipif(
 
 
 @newer
+@alone
 def test_heads_that_cannot_be_shared_out_evenly(tmp_path: Path) -> None:
     pipe = build(heads=3)
     control = attnctl.Radial(
@@ -149,6 +174,7 @@ def test_heads_that_cannot_be_shared_out_evenly(tmp_path: Path) -> None:
         torch.testing.assert_close(video, want, atol=1e-5, rtol=0)
 
 
+@alone
 def test_the_bench_finds_both_alike_and_tells_what_the_control_moves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -261,6 +287,7 @@ def test_calls_that_exchange_nothing_are_refused() -> None:
 
 
 @newer
+@alone
 def test_there_is_no_gradient(tmp_path: Path) -> None:
     pipe = build()
 

@@ -22,14 +22,15 @@ def masks(nq: int, nk: int, batch: int, heads: int) -> dict[str, Tensor | None]:
     generator = torch.Generator().manual_seed(5)
     dense = torch.rand(batch, heads, nq, nk, generator=generator) < 0.6
     keys = torch.rand(batch, 1, 1, nk, generator=generator) < 0.7
+    added = torch.randn(batch, heads, nq, nk, generator=generator, dtype=torch.float64)
     return {
         "none": None,
         "keys": keys,
         "dense": dense,
         "square": dense[0, 0],
         "row": keys[0, 0, 0],
-        "float": torch.where(dense[:, :1], torch.randn(dense[:, :1].shape), -torch.inf),
-        "double": torch.randn(batch, heads, nq, nk, dtype=torch.float64),
+        "float": torch.where(dense[:, :1], added[:, :1].float(), -torch.inf),
+        "double": added,
     }
 
 

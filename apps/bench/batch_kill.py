@@ -2,26 +2,28 @@
 
     python -P -m attnctl.apps.bench.batch_kill --kills 50 --items 40
 
-A process that has loaded tiny-sd3 forks one that runs the batch, and kills it after a random time,
-uniform over what is left to do. Only kills that hit a running batch count; a run that had ended
-before is not one of them. After each kill whatever has a final name must be whole, and whatever is
+A process of its own loads tiny-sd3 and runs the batch, and is killed after a random time, uniform
+over what is left to do. Only kills that hit a running batch count; a run that had ended before is
+not one of them. After each kill whatever has a final name must be whole, and whatever is
 noted must be there, equal to the file of a run that nothing interrupted. After a few kills in one
 folder the batch may end; then each item must be noted once, all files equal, nothing left over.
-Anything else is an error that ends the bench. Needs a system that can fork.
+Anything else is an error that ends the bench. Needs a system that can fork (not Windows).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
-import os
 import random
 import signal
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,7 @@ from ..batch.items import items_of
 from ..batch.readers import Raw
 from ..models import load
 from .batch_folder import different, noted, results
+from .nursery import nursery
 
 __all__ = ["Broken", "Kill", "Runs", "campaign", "check_end", "check_killed"]
 
@@ -64,51 +67,80 @@ class Kill:
 
 @dataclass(frozen=True)
 class Runs:
-    """One batch that is run again and again.
+    """One batch that is run again and again, each time by a new process.
 
     Args:
-        pipe: loaded pipeline, which the forked processes share.
+        model: name of a shipped model.
         items: how many pictures.
         batch: drawn at once.
         steps: of each picture.
+        patience: seconds after which a process that does not end counts as stuck.
     """
 
-    pipe: Any
+    model: str
     items: int
     batch: int
     steps: int
+    patience: float = 600.0
 
-    def start(self, folder: Path) -> int:
-        """Run the batch in a child; return its process id."""
+    def start(self, folder: Path) -> BaseProcess:
+        """Start a process and return it when its model is there and the batch begins.
+
+        Raises:
+            Broken: if it does not get that far.
+        """
         folder.mkdir(exist_ok=True)
-        process = os.fork()
-        if process:
-            return process
-        code = 1
+        ready, told = nursery().Pipe(duplex=False)
+        process = nursery().Process(target=_draw, args=(self, folder, told))
+        process.start()
+        told.close()  # so that the other end is told of a child that dies
         try:
-            torch.set_num_threads(1)  # those of the parent's pool are not here
-            sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-            job = {"prompt": "a red circle", "seed": f"0-{self.items - 1}", "steps": self.steps}
-            jobs = [Raw("here", {**job, "control": ["softpag:heads=L0-1,scale=2"]})]
-            order = Order(Path("jobs.txt"), folder, batch=self.batch)
-            draw_batch(self.pipe, items_of(jobs, {}, {}), order, Crew(), lambda _: None)
-            code = 0
-        finally:
-            os._exit(code)
+            _require(ready.poll(self.patience), f"no batch began in {self.patience:.0f} s")
+            ready.recv()
+        except (EOFError, Broken) as error:
+            _end(process)
+            raise Broken(f"a batch did not begin in {folder}: {error}") from None
+        return process
 
     def finish(self, folder: Path) -> float:
-        """Run the batch to its end; return the seconds."""
+        """Run the batch to its end; return the seconds.
+
+        Raises:
+            Broken: if it fails, or is stuck.
+        """
+        process = self.start(folder)
         begin = time.perf_counter()
-        if os.waitpid(self.start(folder), 0)[1]:
-            raise Broken(f"a batch that nothing interrupted failed in {folder}")
-        return time.perf_counter() - begin
+        process.join(self.patience)
+        code, took = process.exitcode, time.perf_counter() - begin
+        _end(process)
+        _require(code is not None, f"a batch was stuck for {took:.0f} s in {folder}")
+        _require(code == 0, f"a batch that nothing interrupted failed in {folder}")
+        return took
 
     def kill(self, folder: Path, after: float) -> bool:
         """Run the batch, kill it after some seconds; return whether it was still running."""
         process = self.start(folder)
         time.sleep(after)
-        os.kill(process, signal.SIGKILL)
-        return os.WIFSIGNALED(os.waitpid(process, 0)[1])
+        return _end(process) == -signal.SIGKILL
+
+
+def _end(process: BaseProcess) -> int | None:
+    """Kill a process that still runs; return its exit code."""
+    process.kill()
+    process.join()
+    return process.exitcode
+
+
+def _draw(runs: Runs, folder: Path, ready: Connection) -> None:
+    """Run the batch; this is the child's whole life."""
+    torch.set_num_threads(1)  # small pictures: more threads only wait for each other
+    pipe = load(runs.model, device="cpu")
+    job = {"prompt": "a red circle", "seed": f"0-{runs.items - 1}", "steps": runs.steps}
+    jobs = [Raw("here", {**job, "control": ["softpag:heads=L0-1,scale=2"]})]
+    order = Order(Path("jobs.txt"), folder, batch=runs.batch)
+    ready.send(None)
+    with contextlib.redirect_stderr(io.StringIO()):  # the progress bars
+        draw_batch(pipe, items_of(jobs, {}, {}), order, Crew(), lambda _: None)
 
 
 def campaign(
@@ -219,12 +251,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--out", type=Path, help="JSON file with every kill")
     given = parser.parse_args(arguments)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the children are forked
     data: dict[str, Any] = {"items": given.items, "steps": given.steps, "seed": given.seed}
-    pipe = load("tiny-sd3", device="cpu")
     for batch in given.batch or [1]:
         with tempfile.TemporaryDirectory() as root:
-            runs = Runs(pipe, given.items, batch, given.steps)
+            runs = Runs("tiny-sd3", given.items, batch, given.steps)
             kills = campaign(runs, given.kills, Path(root), given.seed + batch)
         data[f"batch {batch}"] = [asdict(kill) for kill in kills]
         counts = sorted(kill.noted for kill in kills)
