@@ -184,6 +184,10 @@ class Tokens:
         """Return the tokens of a role among all so far, bool [B, T]."""
         return self._mask("slots", role)
 
+    def slots_here(self, role: str) -> Tensor:
+        """Return the same where the masks are made, which may be the CPU."""
+        return self._make("slots", role)
+
     def columns(self, role: str) -> Tensor:
         """Return the numbers [n] of the queries that have the role in some row."""
         if ("columns", role) not in self._wanted:
@@ -197,6 +201,9 @@ class Tokens:
         Both where the masks are made; the second is bool [B, n].
         """
         mask = self._make("queries", role)
+        if mask.shape[0] == 1:
+            columns = mask[0].nonzero()[:, 0]
+            return columns, mask.new_ones((1, len(columns)))
         columns = mask.any(dim=0).nonzero()[:, 0]
         return columns, mask[:, columns]
 
@@ -460,7 +467,7 @@ WrittenRow = Callable[
     [Tensor, Tensor, Tensor, "Tensor | None", "float | None", int], "Tensor | None"
 ]
 """Attention of one written token: (q, k, v, mask, scale, first) as in an `AttentionCall` and its
-`Tokens`, to the output [B, H, 1, Dv], or None where it must be asked in the usual way."""
+`Tokens`, to the output [B, 1, H, Dv], or None where it must be asked in the usual way."""
 
 
 class PromptCall(NamedTuple):
@@ -476,7 +483,7 @@ class PromptCall(NamedTuple):
         is_causal: as there.
         residual: as there.
         heads: bool [H] on the CPU, the heads to touch; None for all of them.
-        stock: returns the output [B, Nq, H, Dv] of the model's own attention.
+        out: [B, Nq, H, Dv], contiguous: the output of the model's own attention.
     """
 
     site: int
@@ -488,12 +495,12 @@ class PromptCall(NamedTuple):
     is_causal: bool
     residual: Residual | None
     heads: Tensor | None
-    stock: Callable[[], Tensor]
+    out: Tensor
 
 
 Reading = Callable[[PromptCall], "Tensor | None"]
-"""What is done to a prompt at a site: to the output [B, Nq, H, Dv], or None where it must be
-asked in the usual way."""
+"""What is done to a prompt at a site: to the output [B, Nq, H, Dv], which may be that of the call,
+changed in place; or None, with nothing changed, where it must be asked in the usual way."""
 
 
 def STOCK(*_: Any) -> None:
@@ -515,6 +522,7 @@ class ForwardCall:
         cached: whether a diffusers cache is on, which needs passes of constant batch size.
         shift: what controls added to the latents in this step, as far as it is in `inputs`.
         model: the denoiser itself.
+        stack: all entries that act at this step, outermost first.
     """
 
     inputs: dict[str, Any]
@@ -531,6 +539,7 @@ class ForwardCall:
     role: str = ""
     shift: Tensor | None = None
     model: Any = None
+    stack: tuple[Entry, ...] = ()
 
     def proceed(self) -> Tensor:
         """Run the rest of the stack and the denoiser.

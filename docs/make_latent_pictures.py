@@ -88,7 +88,7 @@ def maps_by_step(
 def measured(steps: list[Tensor]) -> tuple[list[float], float]:
     """Return the mean overlap at each step, and the mean IoU of first and last masks."""
     blurred = [smoothed(maps) for maps in steps]
-    overlaps = [float(torch.stack([overlap(*pair) for pair in maps]).mean()) for maps in blurred]
+    overlaps = [float(overlap(maps[:, 0], maps[:, 1]).mean()) for maps in blurred]
     first, last = (peak_mask(maps.flatten(0, 1)) for maps in (blurred[0], blurred[-1]))
     union = torch.maximum(first, last).flatten(1).sum(1)
     shared = torch.minimum(first, last).flatten(1).sum(1)

@@ -193,6 +193,26 @@ def latent_cost(data: Data) -> str:
     return "\n".join(parts)
 
 
+def heatmap_cost(data: Data) -> str:
+    """Return the tables of `attnctl.apps.bench.heatmap_cost`."""
+    dtype, shown = data["dtype"].removeprefix("torch."), ("step / stock", "least / stock")
+    parts = [f"**{data['device']}**, torch {data['torch']}, {dtype}\n"]
+    models = {name: found for name, found in data.items() if isinstance(found, dict)}
+    for name, found in models.items():
+        head = (name, "step, ms", "times stock", "least times, times stock")
+        rows = [
+            [arm, f"{row['step_ms']:.1f}", *(f"{row[key]:.3f}" for key in shown)]
+            for arm, row in found["arms"].items()
+        ]
+        parts.append(_table(head, rows))
+        sides = found.get("memory by side of the latents", {})
+        if sides:
+            rows = [[side, *(f"{x:.4f}" for x in row.values())] for side, row in sides.items()]
+            head = (f"{name}, side of the latents", "stock, GiB", "every site", "more")
+            parts.append(_table(head, rows))
+    return "\n".join(parts)
+
+
 def _ratio(row: Data, key: str) -> str:
     return f"{row[key]:.2f}" if key in row else ""
 
@@ -287,6 +307,16 @@ python -m attnctl.apps.bench.latent_cost --model sd1-5 --model sdxl --pictures 1
   --out cost.json
 ```
 """
+HEATMAP = """\
+[Heat maps](heatmaps.md#cost) of two words, at every step. *Tap* is a control that is asked at
+every cross-attention site and does nothing, *up* reads the second half's sites, *torch* every site
+without the kernel. Least times are tenth percentiles of the steps.
+
+```bash
+python -m attnctl.apps.bench.heatmap_cost --model sd1-5 --model sdxl --pictures 1 --pictures 4 \\
+  --out cost.json
+```
+"""
 MODEL = """\
 Real widths, random weights, a few blocks; a step of the stock model, on cuDNN's dense attention
 where that takes the call, and one with the control in all its layers.
@@ -325,6 +355,7 @@ BENCHES: dict[str, tuple[str, str, Callable[[Data], str]]] = {
     "model": ("A denoising step of a video model", MODEL, model),
     "parallel": ("A step on several GPUs", PARALLEL, parallel),
     "latent cost": ("Moving latents, and heat maps", LATENT, latent_cost),
+    "heat map cost": ("Heat maps", HEATMAP, heatmap_cost),
 }
 
 

@@ -41,10 +41,16 @@ def table(name: str) -> str:
     where = (
         f"{data['model']}, {set_to['n']} {kind} prompts of {set_to['objects']} objects, "
         f"seed {set_to['seed']}, {set_to['steps']} steps, guidance {set_to['guidance_scale']:g}, "
-        f"{data['device']}, torch {data['versions']['torch']}. "
+        f"{data['device']}, torch {data['versions']['torch']}. {_presets(rows)}"
         f"File: `docs/measured/steering/{name}.json`."
     )
     return f"{body}\n{where}\n\n"
+
+
+def _presets(rows: list[dict[str, Any]]) -> str:
+    """Return what the presets were when a table was made; they may have changed since."""
+    found = [row["controls"][0] for row in rows if row["arm"] == row["controls"][0].split(":")[0]]
+    return f"Presets were {', '.join(f'`{one}`' for one in found)}. " if found else ""
 
 
 def _arm(row: dict[str, Any]) -> list[str]:

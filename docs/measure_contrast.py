@@ -2,7 +2,8 @@
 
     python -P docs/measure_contrast.py pope|captions --seed 103 --out part.json
         [--sampled] [--images 500] [--model FOLDER] [--arm ...]
-    python -P docs/measure_contrast.py table part.json... [--out docs/measured/FILE.json]
+    python -P docs/measure_contrast.py table part.json... [--out docs/measured/vlm/FILE.json]
+    python -P docs/measure_contrast.py page docs/measured/vlm/FILE.json...
 
 An arm is controls in their text form, joined by "+", or "stock"; "other photo" is a placebo, VCD
 whose second pass sees another photo instead of noise. `pope` asks the questions of the three
@@ -10,7 +11,7 @@ splits, `captions` describes the photos. `--sampled` draws answers at temperatur
 A run is about one set of photos (`--seed`) and one model and writes counts by photo. `table` puts
 runs together: sets of photos and models are pooled, and arms of one set may come in several
 files. Figures are percent; gains over stock come with 95 % bootstrap intervals, in which photos
-are drawn again.
+are drawn again. `page` prints the tables of contrast.md of such files.
 """
 
 from __future__ import annotations
@@ -44,14 +45,23 @@ DRAWS = 3
 LENGTH = {"pope": 1, "captions": 80}
 PLACEBO = "other photo"
 ARMS = (
-    "stock", "vcd:alpha=0", "vcd", "vcd:noise_step=999", "vcd:alpha=3,noise_step=999", PLACEBO,
-    "m3id", "m3id:lam=0.05", "paicfg", "paicfg:gamma=1.25", "paicfg:gamma=2", "pai:alpha=0.5",
-    "vcd:noise_step=999+m3id:lam=0.05",
+    "stock", "vcd:alpha=0", "vcd", "vcd:noise_step=999", "vcd:alpha=3,noise_step=999", "m3id",
+    "m3id:lam=0.05", "paicfg", "paicfg:gamma=1.25", "paicfg:gamma=2",
+    "vcd:noise_step=999+m3id:lam=0.05", "pai:alpha=0.5", PLACEBO,
 )  # fmt: skip
 SAMPLED = (
-    "stock", "vcd:alpha=0", "vcd", "vcd:noise_step=999", PLACEBO, "m3id:lam=0.05", "paicfg",
+    "stock", "vcd:alpha=0", "vcd", "vcd:noise_step=999", "m3id:lam=0.05", "paicfg",
     "paicfg:gamma=1.25", "vcd:alpha=0,beta=0.5", "vcd:beta=0.5,noise_step=999", "pai:alpha=0.5",
+    PLACEBO,
 )  # fmt: skip
+CUT_OFF = {
+    "vcd:beta=0.5,noise_step=999": "vcd:alpha=0,beta=0.5",
+    **dict.fromkeys(
+        ("vcd", "vcd:noise_step=999", "m3id:lam=0.05", "paicfg", "paicfg:gamma=1.25", PLACEBO),
+        "vcd:alpha=0",
+    ),
+}
+"""What a sampled contrast is without its second pass: its cut-off alone."""
 FIGURES = {
     "pope": (
         Figure("right", "right", lambda s: ratio(s["right"], s["n"])),
@@ -67,6 +77,18 @@ FIGURES = {
     ),
 }
 MAIN = {"pope": ("right", "recall", "yes"), "captions": ("chair_s", "chair_i", "recall", "words")}
+COLUMNS = {
+    "pope": (
+        ("adversarial", "adversarial", "right", True), ("popular", "popular", "right", True),
+        ("random", "random", "right", True), ("recall", "random", "recall", False),
+        ("says yes (adversarial)", "adversarial", "yes", False),
+    ),
+    "captions": (
+        ("CHAIR_s", "captions", "chair_s", True), ("CHAIR_i", "captions", "chair_i", True),
+        ("recall", "captions", "recall", True), ("words", "captions", "words", False),
+    ),
+}  # fmt: skip
+"""The page's columns: head, split, figure, and whether the gain over stock stands beside it."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +112,7 @@ class OtherPhoto(Contrast):
 def main() -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("pope", "captions", "table"))
+    parser.add_argument("what", choices=("pope", "captions", "table", "page"))
     parser.add_argument("parts", nargs="*", type=Path)
     parser.add_argument("--sampled", action="store_true")
     parser.add_argument("--images", type=int, default=500)
@@ -103,6 +125,10 @@ def main() -> None:
         pooled = table([json.loads(path.read_text()) for path in given.parts])
         if given.out:
             given.out.write_text(json.dumps(pooled, indent=1) + "\n")
+    elif given.what == "page":
+        files = [json.loads(path.read_text()) for path in given.parts]
+        tables = [*map(page, files), over_cut_off([row for one in files for row in one])]
+        print("\n\n".join(one for one in tables if one))
     else:
         measure(given)
 
@@ -120,7 +146,7 @@ def measure(given: argparse.Namespace) -> None:
     data: dict[str, Any] = {**facts, "model": name, "arms": {}}
     for arm in given.arm or (SAMPLED if given.sampled else ARMS):
         with patched(teller.model, arm):
-            told = [answers(teller, photos, given, one) for one in draws(given.sampled)]
+            told = answers(teller, photos, given)
         data["arms"][arm] = counts(photos, given, told)
         if given.out:
             given.out.write_text(json.dumps(data) + "\n")
@@ -139,26 +165,57 @@ def patched(model: Any, arm: str) -> Iterator[None]:
         yield
 
 
-def draws(sampled: bool) -> Sequence[int | None]:
-    """Return the seeds of the answers; None is greedy."""
-    return range(DRAWS) if sampled else (None,)
-
-
 def answers(
-    teller: Teller, photos: Sequence[Photo], given: argparse.Namespace, draw: int | None
-) -> dict[tuple[int, str], str]:
-    """Return the answer to each question about each photo, by its number."""
-    asked = dict.fromkeys((photo, BRIEF[0]) for photo in photos)
+    teller: Teller, photos: Sequence[Photo], given: argparse.Namespace
+) -> list[dict[tuple[int, str], str]]:
+    """Return the answers of each draw to each question about each photo, by its number."""
+    asked = list(dict.fromkeys((photo, BRIEF[0]) for photo in photos))
     if given.what == "pope":
         cases = [case for name in SPLITS for case in questions(photos, name, given.seed)]
-        asked = dict.fromkeys((case.photo, case.question) for case in cases)
-    if draw is not None:
-        settings = teller.model.generation_config
-        settings.do_sample, settings.temperature = True, 1.0
-        settings.top_k, settings.top_p = 0, 1.0
+        asked = list(dict.fromkeys((case.photo, case.question) for case in cases))
+    if not given.sampled:
+        told = [teller.answers(asked, LENGTH[given.what])]
+    elif LENGTH[given.what] == 1:
+        told = drawn_tokens(teller, asked)
+    else:
+        told = drawn_texts(teller, asked, LENGTH[given.what])
+    keys = [(photo.number, text) for photo, text in asked]
+    return [dict(zip(keys, one, strict=True)) for one in told]
+
+
+def drawn_texts(
+    teller: Teller, asked: Sequence[tuple[Photo, str]], length: int
+) -> list[list[str]]:
+    """Return answers drawn at temperature 1 from all tokens, those of each draw."""
+    settings = teller.model.generation_config
+    settings.do_sample, settings.temperature = True, 1.0
+    settings.top_k, settings.top_p = 0, 1.0
+    told = []
+    for draw in range(DRAWS):
         torch.manual_seed(draw)
-    told = teller.answers(list(asked), LENGTH[given.what])
-    return {(p.number, text): one for (p, text), one in zip(asked, told, strict=True)}
+        told.append(teller.answers(asked, length))
+    return told
+
+
+def drawn_tokens(teller: Teller, asked: Sequence[tuple[Photo, str]]) -> list[list[str]]:
+    """Return `drawn_texts` of length 1; the draws share the logits, which are the same for all."""
+    pixels = teller.pixels(dict.fromkeys(photo for photo, _ in asked))
+    shares = []
+    for start in range(0, len(asked), teller.batch):
+        part = asked[start : start + teller.batch]
+        made = teller.model.generate(
+            **teller.words([question for _, question in part]),
+            pixel_values=torch.stack([pixels[photo] for photo, _ in part]),
+            **{"max_new_tokens": 1, "output_logits": True, "return_dict_in_generate": True},
+        )
+        shares.append(made.logits[0].float().softmax(dim=-1))
+    told = []
+    for draw in range(DRAWS):
+        torch.manual_seed(draw)
+        ids = torch.cat([share.multinomial(1) for share in shares])
+        texts = teller.processor.batch_decode(ids, skip_special_tokens=True)
+        told.append([text.strip() for text in texts])
+    return told
 
 
 def counts(
@@ -219,9 +276,8 @@ def table(parts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         for name in next(iter(mine[0]["arms"].values())):
             tallies = {arm: joined(mine, arm, name) for arm in arms}
             base = tallies["stock"]
-            n = int(base.counts["n"].sum())
             runs = sorted({(one["model"], one["seed"]) for one in mine})
-            print(f"\n{name}{', sampled' if sampled else ''}: {n} answers, {runs}\n")
+            print(f"\n{name}{', sampled' if sampled else ''}: {runs}\n")
             heads = [f.head for f in FIGURES[what] if f.key in MAIN[what]]
             print(f"| arm | {' | '.join(heads)} |\n|{' --- |' * (1 + len(heads))}")
             for arm, tally in tallies.items():
@@ -229,7 +285,8 @@ def table(parts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 row = figures(tally, base if whole and arm != "stock" else None)
                 print(f"| `{arm}` | {' | '.join(cells(row, what))} |")
                 about = {"split": name, "sampled": sampled, "arm": arm, "runs": runs}
-                pooled.append({**about, "n": int(tally.counts["n"].sum()), **row})
+                n = int(tally.counts["n"].sum())
+                pooled.append({**about, "n": n, **row, **beside(arm, tallies, sampled)})
     return pooled
 
 
@@ -251,28 +308,88 @@ def joined(parts: Sequence[dict[str, Any]], arm: str, name: str) -> Tally:
 
 def figures(tally: Tally, base: Tally | None) -> dict[str, Any]:
     """Return an arm's figures, and what it gains over stock."""
-    gains = {} if base is None else difference(tally, base)
     return {
         "figures": {key: round(one.value, 5) for key, one in estimate(tally).items()},
-        "gains": {
-            key: [round(v, 5) for v in (one.value, one.low, one.high)]
-            for key, one in gains.items()
-        },
+        "gains": {} if base is None else gains(tally, base),
     }
+
+
+def gains(tally: Tally, base: Tally) -> dict[str, list[float]]:
+    """Return the differences of an arm's figures from another's, with the ends of intervals."""
+    found = difference(tally, base)
+    return {
+        key: [round(v, 5) for v in (one.value, one.low, one.high)] for key, one in found.items()
+    }
+
+
+def beside(arm: str, tallies: dict[str, Tally], sampled: bool) -> dict[str, Any]:
+    """Return what a sampled contrast gains over its cut-off alone."""
+    if not sampled or arm not in CUT_OFF:
+        return {}
+    return {"over_cut_off": gains(tallies[arm], tallies[CUT_OFF[arm]])}
 
 
 def cells(row: dict[str, Any], what: str) -> list[str]:
     """Return the cells of a row."""
-    found = []
-    for figure in FIGURES[what]:
-        if figure.key in MAIN[what]:
-            text = f"{figure.factor * row['figures'][figure.key]:.1f}"
-            gain = row["gains"].get(figure.key)
-            if gain:
-                value, low, high = (figure.factor * one for one in gain)
-                text += f" ({value:+.1f} [{low:+.1f}, {high:+.1f}])"
-            found.append(text)
-    return found
+    return [cell(row, figure, True) for figure in FIGURES[what] if figure.key in MAIN[what]]
+
+
+def cell(row: dict[str, Any], figure: Figure, with_gain: bool) -> str:
+    """Return a figure, and if wanted and there its gain over stock with the interval."""
+    text = f"{figure.factor * row['figures'][figure.key]:.1f}"
+    gain = row["gains"].get(figure.key) if with_gain else None
+    return f"{text} ({interval(gain, figure)})" if gain else text
+
+
+def interval(gain: Sequence[float], figure: Figure) -> str:
+    """Return a gain with its interval."""
+    value, low, high = (signed(figure.factor * one) for one in gain)
+    return f"{value} [{low}, {high}]"
+
+
+def signed(value: float) -> str:
+    """Return a number with its sign; what is no gain is a zero without one."""
+    text = f"{value:+.1f}"
+    return "0.0" if value == 0 or text == "-0.0" else text
+
+
+def page(rows: Sequence[dict[str, Any]]) -> str:
+    """Return the page's table of the rows of `table`."""
+    what = "captions" if rows[0]["split"] == "captions" else "pope"
+    figure_of = {one.key: one for one in FIGURES[what]}
+    found = {(row["arm"], row["split"]): row for row in rows}
+    columns = COLUMNS[what]
+    lines = [
+        f"| arm | {' | '.join(head for head, *_ in columns)} |",
+        f"|{' --- |' * (1 + len(columns))}",
+    ]
+    for arm in SAMPLED if rows[0]["sampled"] else ARMS:
+        told = [cell(found[arm, split], figure_of[key], gain) for _, split, key, gain in columns]
+        lines.append(f"| `{arm}` | {' | '.join(told)} |")
+    return "\n".join(lines)
+
+
+def over_cut_off(rows: Sequence[dict[str, Any]]) -> str:
+    """Return the page's table of what sampled contrasts gain over their cut-offs alone."""
+    figure_of = {one.key: one for some in FIGURES.values() for one in some}
+    found = {
+        (row["arm"], row["split"]): row["over_cut_off"] for row in rows if "over_cut_off" in row
+    }
+    columns = [
+        (head, split, key)
+        for what in ("pope", "captions")
+        for head, split, key, gain in COLUMNS[what]
+        if gain and any(one == split for _, one in found)
+    ]
+    lines = [
+        f"| arm | {' | '.join(head for head, *_ in columns)} |",
+        f"|{' --- |' * (1 + len(columns))}",
+    ]
+    for arm in SAMPLED:
+        if arm in CUT_OFF and found:
+            told = [interval(found[arm, split][key], figure_of[key]) for _, split, key in columns]
+            lines.append(f"| `{arm}` | {' | '.join(told)} |")
+    return "\n".join(lines) if found else ""
 
 
 if __name__ == "__main__":

@@ -26,6 +26,24 @@ def test_killed_batches_go_on(batch: int, tmp_path: Path) -> None:
     assert len(results(tmp_path / "whole")) == len(noted(tmp_path / "whole")) + 1 == 6
 
 
+@pytest.mark.parametrize(
+    ("model", "patience", "told"),
+    [("no-such-model", 60.0, "did not begin"), ("tiny-sd3", 0.01, "no batch began in 0 s")],
+)
+def test_a_process_that_fails_or_is_stuck_ends_the_bench(
+    model: str, patience: float, told: str, tmp_path: Path
+) -> None:
+    runs = batch_kill.Runs(model, 2, 1, 1, patience)
+    with pytest.raises(batch_kill.Broken, match=told):
+        runs.finish(tmp_path / "whole")
+
+
+def test_a_batch_that_fails_ends_the_bench(tmp_path: Path) -> None:
+    runs = batch_kill.Runs("tiny-sd3", 2, 1, steps=0)
+    with pytest.raises(batch_kill.Broken, match="failed"):
+        runs.finish(tmp_path / "none")
+
+
 # -- the bench itself: a batch that loses, doubles or spoils something must not pass -----------
 
 

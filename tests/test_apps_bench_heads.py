@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from attnctl.apps.bench import heads_speed, heads_table
+from attnctl.apps.bench.statistics import ratio_interval
 
 
 def test_rows_tell_means_and_shares_of_greedy() -> None:
@@ -22,10 +23,24 @@ def test_rows_tell_means_and_shares_of_greedy() -> None:
     rows = {row["kind"]: row for row in heads_table.rows(found)}
     assert list(rows) == ["greedy", "halving", "random", "all", "best layer (1)"]
     assert rows["greedy"]["gain"][0] == pytest.approx(2) and rows["greedy"]["each"] == [1, 3]
-    assert rows["halving"]["of greedy"] == pytest.approx(0.95)
+    part, least, most = rows["halving"]["of greedy"]
+    assert part == pytest.approx(0.95) and 0.9 < least < part < most < 1
     value, low, high = rows["halving"]["less 95 % of greedy"]
     # each picture's own part of the noise that is left, a twentieth
     assert value == pytest.approx(0, abs=1e-6) and 0.005 < high - low < 0.03
+
+
+def test_the_interval_of_a_ratio_is_that_of_pairs() -> None:
+    source = np.random.default_rng(8)
+    whole = 2 + source.normal(size=900)
+    exact = ratio_interval(0.9 * whole, whole)
+    assert (exact.low, exact.value, exact.high) == pytest.approx((0.9, 0.9, 0.9))
+    part = 0.9 * whole + 0.3 * source.normal(size=900)
+    found = ratio_interval(part, whole)
+    rest = part - found.value * whole  # the delta method's error
+    half = 1.96 * rest.std() / 30 / whole.mean()
+    assert found.value == pytest.approx(part.mean() / whole.mean())
+    assert (found.high - found.low) / 2 == pytest.approx(half, rel=0.1)
 
 
 @pytest.fixture
@@ -51,18 +66,22 @@ def test_a_table_holds_every_set(
     two_steps: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One cheap strategy at a tenth of the paper's steps."""
-    monkeypatch.setattr(heads_table, "SEARCH_SEEDS", (0,))
     monkeypatch.setattr(heads_table, "RANDOM", 1)
     monkeypatch.setattr(heads_table, "trained_prompts", lambda n, *a, **k: ["a red circle"] * 2)
     words = ["--strategies", "halving", "--only", "redness:3", "--n", "2", "--top-k", "1"]
+    known = tmp_path / "greedy.json"
+    known.write_text(json.dumps({"redness:3": {"sets": {"greedy 0": "L6H4"}}}))
+    words += ["--searches", "1", "--beside", str(known)]
     more = ["--rounds", "1", "--batch", "32", "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["heads_table", *words, *more])
     heads_table.main()
     data = json.loads((tmp_path / "heads-redness-3.json").read_text())["redness:3"]
-    assert len(data["sets"]) == 1 + heads_table.RANDOM + 8 + 1
+    assert len(data["sets"]) == 1 + 1 + heads_table.RANDOM + 8 + 1
+    assert data["sets"]["greedy 0"] == "L6H4" and "greedy 0" not in data["forwards"]
     assert len(data["sets"]["halving 0"].split()) == 1 and data["forwards"]["halving 0"] > 0
     kinds = [row["kind"] for row in data["rows"]]
-    assert kinds[:3] == ["halving", "random", "all"] and kinds[3].startswith("best layer")
+    assert kinds[:4] == ["halving", "greedy", "random", "all"]
+    assert kinds[4].startswith("best layer")
 
 
 def test_speed_is_measured_for_every_batch(

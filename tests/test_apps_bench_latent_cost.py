@@ -27,18 +27,29 @@ def test_every_arm_of_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         cost.MODELS,
         "sd-small",
         lambda: cost._sd1(
-            sample_size=16,
+            sample_size=8,
             cross_attention_dim=16,
             layers_per_block=1,
-            block_out_channels=(16, 16, 16, 16),
+            block_out_channels=(16, 16, 16),
+            down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
             norm_num_groups=8,
         ),
     )
     out = tmp_path / "cost.json"
-    latent_cost.main(["--steps", "2", "--rounds", "1", "--pictures", "2", "--out", str(out)])
-    arms = json.loads(out.read_text())["sd-small, 2 pictures"]["arms"]
-    assert list(arms) == list(latent_cost.arms())
-    assert all(row["step_ms"] > 0 for row in arms.values())
+    command = ["--steps", "2", "--rounds", "1", "--pictures", "2", "--counts", "--out", str(out)]
+    latent_cost.main(command)
+    found = json.loads(out.read_text())["sd-small, 2 pictures"]
+    arms, counts = found["arms"], found["a step"]
+    assert list(arms) == list(counts) == list(latent_cost.arms(2))
+    assert set(arms) - set(latent_cost.arms()) == {"a-star, all at once"}
+    assert all(row["step_ms"] == row["second_ms"] > 0 for row in arms.values())
+    # a gradient pass is not free, checkpointing adds to it, and two passes are more than one
+    order = ("stock", "attend-and-excite", "a-star", "a-star, checkpointed", "diffusers")
+    launches = [counts[name]["launches"] for name in order]
+    assert launches == sorted(set(launches)) and counts["a-star, replayed"] != counts["stock"]
+    assert all(0 < row["launches"] < row["operations"] for row in counts.values())
+    assert all(0 <= row["behind_ms"] < row["step_ms"] for row in arms.values())
     for name in ("a-star", "a-star, checkpointed", "attend-and-excite"):
         got = arms[name]["step_ms"] / arms["diffusers"]["step_ms"]
         assert arms[name]["step / diffusers"] == pytest.approx(got, abs=1e-3)

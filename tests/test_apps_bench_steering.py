@@ -105,5 +105,5 @@ def test_a_row_counts_what_was_won_and_lost() -> None:
     stock = {key: np.array([0.0, 0, 0, 1, 1]) for key in steering_table.FIGURES}
     arm = {key: np.array([1.0, 1, 0, 0, 1]) for key in steering_table.FIGURES}
     row = steering_table._row("arm", arm, stock)
-    assert (row["won"], row["lost"]) == (2, 1)
+    assert (row["won"], row["lost"], row["hits"]) == (2, 1, "11001")
     assert row["gains"]["exact"]["value"] == pytest.approx(0.2)

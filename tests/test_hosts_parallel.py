@@ -9,8 +9,6 @@ from __future__ import annotations
 import faulthandler
 import json
 import os
-import subprocess
-import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +24,7 @@ from attnctl.control import Control
 from attnctl.kernels import BlockMask
 from attnctl.processors.sparse.shapes import VideoTokens
 from attnctl.testing import zoo
+from attnctl.testing.alone import run_alone
 from attnctl.testing.zoo.core import make
 
 diffusers = pytest.importorskip("diffusers")
@@ -42,12 +41,7 @@ alone = pytest.mark.skipif(ALONE not in os.environ, reason="run by test_in_a_cle
 
 @pytest.mark.skipif(ALONE in os.environ, reason="this is the clean process")
 def test_in_a_clean_process() -> None:
-    command = [sys.executable, "-P", "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
-    done = subprocess.run(
-        [*command, "-p", "no:xdist", "-k", "not refused", __file__],
-        env={**os.environ, ALONE: "1"}, capture_output=True, text=True, timeout=4 * WAIT,
-    )  # fmt: skip
-    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-4000:]
+    run_alone(__file__, "-p", "no:xdist", "-k", "not refused", **{ALONE: "1"})
 
 
 def per_head(tokens: VideoTokens) -> BlockMask:

@@ -6,10 +6,6 @@ their own.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch import Tensor
@@ -17,45 +13,24 @@ from torch import Tensor
 from attnctl.kernels import BlockMask, block_sparse_attention
 from attnctl.kernels.block_sparse import ops
 from attnctl.kernels.block_sparse.tiles import Tiles
+from attnctl.testing.alone import INTERPRETED as INSIDE
+from attnctl.testing.alone import run_alone, set_up_interpreter
 from attnctl.testing.blocks import exact, poisoned, random_blocks, random_map
 from attnctl.testing.calls import tensors
 
 pytest.importorskip("triton")
 torch.set_num_threads(1)
-INSIDE = os.environ.get("TRITON_INTERPRET") == "1"
 inside = pytest.mark.skipif(not INSIDE, reason="run by test_in_the_interpreter")
 
 if INSIDE:
-    from triton.runtime import interpreter
-
     from attnctl.kernels.block_sparse import triton as kernel
 
-    _stock = interpreter._patch_lang_tensor
-
-    def _patched(tensor, scope):
-        """Read loop bounds as numpy 2.4 wants it: Triton 3.6 converts arrays of one element."""
-        _stock(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    interpreter._patch_lang_tensor = _patched
+    set_up_interpreter()
 
 
 @pytest.mark.skipif(INSIDE, reason="this is the interpreter")
 def test_in_the_interpreter() -> None:
-    command = [
-        sys.executable,
-        "-P",
-        "-m",
-        "pytest",
-        "-q",
-        "-x",
-        "-p",
-        "no:cacheprovider",
-        __file__,
-    ]
-    hidden = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env={**os.environ, **hidden}, capture_output=True, text=True)
-    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-4000:]
+    run_alone(__file__, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
 
 
 def close(got: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor], dtype: torch.dtype) -> None:

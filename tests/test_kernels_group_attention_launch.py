@@ -20,8 +20,13 @@ class Compiled(launch.CompiledKernel):
     def __init__(self, calls: list[Any]) -> None:
         self.calls = calls
 
-    def __getitem__(self, grid: Any) -> Any:
-        return lambda *args: self.calls.append((grid, args))
+    function, packed_metadata = "function", "metadata"
+
+    def run(self, *args: Any) -> None:
+        self.calls.append(args)
+
+    def __del__(self) -> None:
+        """Nothing was loaded."""
 
 
 class Kernel:
@@ -40,7 +45,16 @@ class Kernel:
 
 
 def made(found: Kernel, sizes: tuple[int, ...] = (32, 0), **constants: Any) -> Launch:
-    return Launch(found, (2, 1, 1), "types", 1, sizes, (7, 0.5), {"A": True, **constants})
+    return Launch(
+        found,
+        (2, 1, 1),
+        torch.device("cpu"),
+        "types",
+        1,
+        sizes,
+        (7, 0.5),
+        {"A": True, **constants},
+    )
 
 
 def test_triton_is_asked_once_for_a_kind() -> None:
@@ -49,8 +63,9 @@ def test_triton_is_asked_once_for_a_kind() -> None:
     for _ in range(3):
         start((x, y), 3, 0.25)
     assert found.asked == [((2, 1, 1), (x, y, 3, 0.25, 32, 0, 7, 0.5), {"A": True})]
+    head = (2, 1, 1, 0, "function", "metadata", None, None, None)  # grid, stream, no hooks
     args = (x.data_ptr(), y.data_ptr(), 3, 0.25, 32, 0, 7, 0.5, True)
-    assert found.direct == [((2, 1, 1), args)] * 2  # in the order of the kernel's parameters
+    assert found.direct == [(*head, *args)] * 2  # in the order of the kernel's parameters
     made(found, (64, 16))((x, y), 3, 0.25)  # other sizes of the same kind
     assert len(found.asked) == 1 and len(found.direct) == 3
     made(found, A=False)((x, y), 3, 0.25)  # another constant is another kernel
@@ -73,6 +88,17 @@ def test_triton_is_asked_where_it_would_compile_otherwise() -> None:
     assert len(found.direct) == 1
 
 
+def test_a_profiler_hears_of_every_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    found, x, y = Kernel(), torch.zeros(64), torch.zeros(64)
+    start = made(found)
+    start((x, y), 3, 0.25)
+    start((x, y), 3, 0.25)
+    assert len(found.asked) == 1 and len(found.direct) == 1
+    monkeypatch.setattr(launch.knobs.runtime, "launch_enter_hook", lambda metadata: None)
+    start((x, y), 3, 0.25)
+    assert len(found.asked) == 2 and len(found.direct) == 1
+
+
 def test_rows_of_a_prompt_and_of_written_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """All layers share what is made once; whole numbers do not become constants."""
     monkeypatch.setattr(kernel, "_KNOWN", {})
@@ -81,17 +107,17 @@ def test_rows_of_a_prompt_and_of_written_tokens(monkeypatch: pytest.MonkeyPatch)
     codes = torch.zeros(1, 40, dtype=torch.uint8)
     edit = Edit(codes, 1, move=True, rho=0, least=1)
     q, k, v = tensors(1, 2, 48, 16, dtype=torch.float32)
-    rows = Rows(torch.zeros(1, dtype=torch.int32), torch.ones(1, 1, dtype=torch.uint8))
+    rows = Rows(torch.zeros(1, dtype=torch.int32), torch.ones(1, 1, dtype=torch.int32))
     for some, single in ((rows, q), (None, q[:, :, :1])):
         calls = [
-            kernel.rows_call(single, k, v, None, edit, some, None, scale, some is not None)
+            kernel.rows_call(single, k, v, edit, some, None, scale, some is not None)
             for scale in (None, None, 0.5)
         ]
         assert calls[0] is calls[1] is not calls[2] and calls[0] is not None
         calls[0](single, k, v, torch.empty(1, 48, 2, 16), edit, some, None)
-        numbers = found.asked[-1][1][10:14]
+        numbers = found.asked[-1][1][11:15]
         assert numbers == (0, 1.0, 0.0, 1.0)
         assert [type(number) for number in numbers] == [int, float, float, float]
     assert [asked[2]["ALONE"] for asked in found.asked] == [False, True]
     wide = tensors(1, 2, 48, 272, dtype=torch.float32)
-    assert kernel.rows_call(*wide, None, edit, rows, None, None, True) is None
+    assert kernel.rows_call(*wide, edit, rows, None, None, True) is None

@@ -18,8 +18,10 @@ import attnctl
 from attnctl import assets
 from attnctl.assets import world
 from attnctl.hosts import targets
-from attnctl.processors.analysis import HeatMap, TokenMaps, token_mass
+from attnctl.kernels.lse import Columns
+from attnctl.processors.analysis import HeatMap, TokenMaps, reading, token_mass
 from attnctl.processors.analysis.overlay import overlay
+from attnctl.processors.analysis.reading import Reader
 from attnctl.processors.analysis.token_maps import Key, common
 from attnctl.testing import oracles, zoo
 from attnctl.testing.calls import attention_call, joint_spans, tensors
@@ -136,9 +138,9 @@ def test_memory_is_that_of_a_chunk_whatever_the_number_of_tokens() -> None:
 # -- one call -------------------------------------------------------------------------------
 
 
-def maps_of(control: HeatMap, words: dict[str, list[int]], prompts: int = 1) -> TokenMaps:
+def reader_of(control: HeatMap, words: dict[str, list[int]], prompts: int = 1) -> Reader:
     positions = tuple(tuple(p) for p in words.values())
-    return TokenMaps(tuple(words), (positions,) * prompts, control.each_head)
+    return Reader(TokenMaps(tuple(words), (positions,) * prompts, control.each_head))
 
 
 @pytest.mark.parametrize("text_first", [True, False])
@@ -149,7 +151,7 @@ def test_the_image_to_text_block_of_a_joint_map(text_first: bool, refs: int) -> 
     total = 15 + text + refs
     q, k, v = tensors(batch=4, heads=3, kv_heads=1, tokens=total)
     control = HeatMap(sink=lambda _: None)
-    state = maps_of(control, WORDS)
+    state = reader_of(control, WORDS)
     call = attention_call(
         q, k, v, kind="joint", groups=("uncond", "cond"), spans=spans, heads=[0, 2], state=state
     )
@@ -158,7 +160,7 @@ def test_the_image_to_text_block_of_a_joint_map(text_first: bool, refs: int) -> 
     image = spans.queries("image")
     columns = [[first + p for p in word] for word in WORDS.values()]
     want = explicit(q, k, columns)[2:, [0, 2]][..., image].mean(1)
-    got = common([state])
+    got = common([state.maps])
     assert got.shape == (2, 2, 1, 3, 5) and got.dtype == torch.float32
     torch.testing.assert_close(got.flatten(2).double(), want, rtol=1e-5, atol=1e-7)
 
@@ -167,23 +169,23 @@ def test_every_head_by_itself() -> None:
     spans = attnctl.Spans((("image", 0, 6),), (("text", 0, 4),), (1, 2, 3))
     q, k, v = tensors(heads=3, tokens=6, keys=4)
     control = HeatMap(sink=lambda _: None, each_head=True)
-    state = maps_of(control, WORDS)
+    state = reader_of(control, WORDS)
     call = attention_call(
         q, k, v, kind="cross", groups=("cond",), spans=spans, heads=[0, 2], state=state
     )
     for _ in range(2):  # the mean of two equal calls is one of them
         control.attend(call)
-    ((key, mean),) = state.means().items()
+    ((key, mean),) = state.maps.means().items()
     assert key == Key((1, 2, 3), "blocks.0.attn", (0, 2))
     want = explicit(q, k, list(WORDS.values()))[:, [0, 2]].unflatten(-1, (1, 2, 3))
     torch.testing.assert_close(mean.double(), want, rtol=1e-5, atol=1e-7)
-    torch.testing.assert_close(common([state]).double(), want.mean(1), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(common([state.maps]).double(), want.mean(1), rtol=1e-5, atol=1e-7)
 
 
 def test_other_rows_and_other_keys_are_left_out() -> None:
     q, k, v = tensors(batch=2, tokens=6, keys=4)
     control = HeatMap(sink=lambda _: None)
-    state = maps_of(control, WORDS)
+    state = reader_of(control, WORDS)
     text = attnctl.Spans((("image", 0, 6),), (("text", 0, 4),), (1, 2, 3))
     added = attnctl.Spans((("image", 0, 6),), (("ip", 0, 4),), (1, 2, 3))
     for spans, groups in ((text, ("uncond",)), (text, ("perturbed/1",)), (added, ("cond",))):
@@ -191,12 +193,55 @@ def test_other_rows_and_other_keys_are_left_out() -> None:
             attention_call(q, k, v, kind="cross", groups=groups, spans=spans, state=state)
         )
     with pytest.raises(attnctl.HostError, match="no attention map was seen"):
-        common([state])
-    late = maps_of(control, {"late": [4]})
+        common([state.maps])
+    late = reader_of(control, {"late": [4]})
     with pytest.raises(attnctl.HostError, match="position 4, but there are 4 text"):
         control.attend(
             attention_call(q, k, v, kind="cross", groups=("cond",), spans=text, state=late)
         )
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations on tensors."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_with_a_kernel_a_known_call_costs_one_start_and_no_operation(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    started: list[tuple[Tensor, Tensor]] = []
+    made: list[Columns] = []
+
+    def column_sums(q: Tensor, k: Tensor, columns: Columns, mask: Any, scale: Any) -> Any:
+        made.append(columns)
+        return lambda q, k, mask: started.append((q, k))
+
+    monkeypatch.setattr(reading, "column_sums", column_sums)
+    q, k, v = tensors(batch=2, tokens=6, keys=4)
+    reader = reader_of(HeatMap(), WORDS)
+    wide = attnctl.Spans((("image", 0, 6),), (("text", 0, 4),), (1, 2, 3))
+    high = attnctl.Spans((("image", 0, 6),), (("text", 0, 4),), (1, 3, 2))
+    options: dict[str, Any] = {"kind": "cross", "groups": ("uncond", "cond")}
+    first = attention_call(q, k, v, spans=wide, **options)
+    reader.read(first)
+    with Operations() as operations:
+        for _ in range(3):
+            reader.read(first)
+    assert (operations.count, len(made), len(started)) == (0, 1, 4)
+    assert made[0].rows == slice(1, 2) and made[0].sums is reader.maps.sums[Key((1, 2, 3))]
+    assert reader.maps.counts[Key((1, 2, 3))].tolist() == [4 * 2]  # calls of two heads
+    # whatever changes is looked at anew: the grid, the layout, the heads
+    reader.read(attention_call(q, k, v, spans=high, **options))
+    turned = q.transpose(1, 2).contiguous().transpose(1, 2)
+    reader.read(attention_call(turned, k, v, spans=high, **options))
+    reader.read(attention_call(turned, k, v, spans=high, heads=[1], **options))
+    assert len(made) == 4 and made[3].heads.tolist() == [1]
+    assert reader.maps.counts[Key((1, 3, 2))].tolist() == [2 + 2 + 1]
 
 
 def test_resolutions_are_weighted_by_their_maps_and_stay_in_range() -> None:
@@ -259,6 +304,34 @@ def test_maps_and_bit_exact_output_on_every_family(name: str) -> None:
         counts = sum(r.counts[Key(grid)] for r in runs)[:, None, None]
         got = (total / counts).unflatten(-1, grid)
         torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["sd1", "sdxl", "pixart", "sd3", "wan"])
+def test_on_a_gpu_the_output_is_bit_equal_and_the_maps_are_those_of_a_cpu(
+    name: str, dtype: torch.dtype
+) -> None:
+    pipe = zoo.FAMILIES[name].build()
+
+    def run(device: str, dtype: torch.dtype) -> Tensor:
+        pipe.to(device, dtype)
+        call = zoo.get_family(pipe).call(pipe)  # with a generator of its own
+        for key, value in call.items():
+            if isinstance(value, Tensor):
+                kind = dtype if value.is_floating_point() else value.dtype
+                call[key] = value.to(device, kind)
+        return pipe(**call)[0]
+
+    def maps(device: str, dtype: torch.dtype) -> Tensor:
+        stock, runs = run(device, dtype), list[TokenMaps]()
+        with attnctl.patch(pipe, HeatMap(WORDS, runs.append)):
+            assert torch.equal(run(device, dtype), stock)
+        return common(runs)
+
+    on_cpu, on_gpu = maps("cpu", torch.float32), maps("cuda", dtype)
+    close = 2e-2 if dtype == torch.float32 else 0.1  # convolutions round to TF32
+    torch.testing.assert_close(on_gpu, on_cpu, rtol=close, atol=close * float(on_cpu.mean()))
 
 
 @pytest.mark.parametrize("name", ["sd1", "sd3", "flux", "wan"])

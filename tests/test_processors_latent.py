@@ -177,6 +177,34 @@ def test_a_batch_of_different_prompts_is_each_of_them_alone(control: LatentContr
     assert not close(together, drawn(PROMPTS, [1, 2]), 1e-3)
 
 
+def test_samples_of_a_batch_a_few_at_a_time() -> None:
+    """Prompts, memories and reports follow the samples; other controls keep them together."""
+    prompts, seeds = [*PROMPTS, *reversed(PROMPTS), PROMPTS[1]], [1, 2, 3, 4, 5]
+    sizes: list[int] = []
+
+    @dataclasses.dataclass(frozen=True)
+    class Noted(attnctl.AStar):
+        def loss(self, maps: Maps, memory: dict[str, Any]) -> Tensor:
+            assert memory.setdefault("sample", maps.sample) == maps.sample
+            return super().loss(maps, memory)
+
+        def direction(self, grad: Tensor) -> Tensor:
+            sizes.append(len(grad))
+            return super().direction(grad)
+
+    control = Noted(scale=3.0)
+    few = drawn(prompts, seeds, control, steps=2)
+    assert sizes == [2, 2, 1] * 2
+    for at_once, want in ((1, [1] * 5), (8, [5])):
+        sizes.clear()
+        other = drawn(prompts, seeds, dataclasses.replace(control, at_once=at_once), steps=2)
+        assert close(few, other, 1e-4) and sizes == want * 2
+    assert not close(few, drawn(prompts, seeds, steps=2), 1e-3)
+    sizes.clear()
+    drawn(prompts, seeds, control, attnctl.HeatMap(["and"], sink=lambda maps: None), steps=1)
+    assert sizes == [5]
+
+
 def test_grad_modes_of_the_caller_and_gradients_of_the_weights() -> None:
     pipe, control = build("sd1"), Squares(words=WORDS, scale=300.0)
     weights = list(pipe.unet.parameters())
@@ -242,15 +270,33 @@ def test_checkpointing_and_ending_early_change_nothing(
     assert not close(whole, zoo.run(pipe), 1e-3)
 
 
-def test_blocks_after_the_last_site_do_not_run_in_later_gradient_passes() -> None:
-    pipe = build("sd3")
+@pytest.mark.parametrize(
+    ("name", "blocks"), [("sd3", "transformer_blocks"), ("flux", "single_transformer_blocks")]
+)
+def test_blocks_after_the_last_site_do_not_run_in_later_gradient_passes(
+    name: str, blocks: str
+) -> None:
+    """FLUX's pipeline leaves an empty registry of hooks on its denoiser."""
+    pipe = build(name)
     runs: list[bool] = []
-    pipe.transformer.transformer_blocks[-1].register_forward_pre_hook(
+    getattr(pipe.transformer, blocks)[-1].register_forward_pre_hook(
         lambda *_: runs.append(torch.is_grad_enabled())
     )
     with attnctl.patch(pipe, Squares(words=WORDS, heads="L0")):
         zoo.run(pipe, steps=3)
-    assert runs == [True, False, False, False]  # the first pass finds out which sites there are
+    # the first pass finds out which sites there are; then come the steps' own calls
+    assert runs[0] and len(runs) > 3 and not any(runs[1:])
+
+
+def test_a_site_that_attends_to_an_image_before_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wan from an image: its last site's first call is not the one that is needed."""
+    pipe, control = build("wan-i2v"), Squares(words=WORDS, scale=3e4)
+    with attnctl.patch(pipe, control):
+        early = zoo.run(pipe)
+    monkeypatch.setattr(engine, "_may_end", lambda call: False)
+    with attnctl.patch(pipe, control):
+        assert torch.equal(early, zoo.run(pipe))
+    assert not close(early, zoo.run(pipe), 1e-3)
 
 
 def test_a_compiled_denoiser() -> None:
@@ -279,25 +325,25 @@ def test_half_precision(name: str, dtype: torch.dtype) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Broken(Squares):
-    """Gives the second sample of two a gradient that is not finite."""
+    """Gives the last sample of three a gradient that is not finite."""
 
     name: ClassVar[str] = "broken-test"
 
     def loss(self, maps: Maps, memory: dict[str, Any]) -> Tensor:
-        return super().loss(maps, memory) * (float("inf") if maps.sample else 1.0)
+        return super().loss(maps, memory) * (float("inf") if maps.sample == 2 else 1.0)
 
 
 def test_samples_without_a_finite_gradient_stay_and_are_reported() -> None:
     pipe = build("sd1")
-    stock = zoo.run(pipe)
+    stock = zoo.run(pipe, batch=3)
     with attnctl.patch(pipe, Squares(words=WORDS, scale=300.0)):
-        want = zoo.run(pipe)
+        want = zoo.run(pipe, batch=3)
     with (
         attnctl.patch(pipe, Broken(words=WORDS, scale=300.0)),
-        pytest.warns(attnctl.AttnctlWarning, match="sample 1 at step 0 is not finite"),
+        pytest.warns(attnctl.AttnctlWarning, match="sample 2 at step 0 is not finite"),
     ):
-        got = zoo.run(pipe)
-    assert close(got[:1], want[:1], 1e-5) and close(got[1:], stock[1:], 1e-5)
+        got = zoo.run(pipe, batch=3)
+    assert close(got[:2], want[:2], 1e-5) and close(got[2:], stock[2:], 1e-5)
 
 
 # -- beside other controls ---------------------------------------------------------------------
@@ -495,6 +541,7 @@ def test_words_that_cannot_be_steered(words: Any, message: str) -> None:
         (lambda: attnctl.AStar(updates=-1), "updates"),
         (lambda: attnctl.AStar(tokens="verb"), "tokens"),  # type: ignore[arg-type]
         (lambda: attnctl.AStar(reach=(0.0, 0.5, 2.0)), "reach"),
+        (lambda: attnctl.AStar(at_once=0), "at_once"),
         (lambda: attnctl.AStar(retain=-1.0), "retain"),
         (lambda: attnctl.AStar(level=1.0), "level"),
         (lambda: attnctl.Conform(temperature=0.0), "temperature"),

@@ -137,12 +137,13 @@ def test_segregation_and_retention_by_hand() -> None:
 
 def test_ranges_of_the_overlap() -> None:
     a = random_maps(1, 4, 4)
-    same(overlap(a, a), 0.5)
-    left, right = torch.zeros(4, 4), torch.zeros(4, 4)
-    left[:, :2] = right[:, 2:] = 1.0
+    same(overlap(a, a)[0], 0.5)
+    left, right = torch.zeros(1, 4, 4), torch.zeros(1, 4, 4)
+    left[..., :2] = right[..., 2:] = 1.0
     assert overlap(left, right) == 0 and overlap(left, left) == 0.5
-    assert overlap(torch.zeros(2, 2), torch.zeros(2, 2)) == 0
-    same(overlap(a, left[None].double()), overlap(left[None].double(), a))
+    assert overlap(torch.zeros(1, 2, 2), torch.zeros(1, 2, 2)) == 0
+    same(overlap(a, left.double()), overlap(left.double(), a))
+    assert overlap(torch.cat([left, left]), torch.cat([right, left])).tolist() == [0, 0.5]
     order = torch.tensor([2, 0, 1])
     maps = random_maps(3, 1, 4, 4)
     same(segregation(maps[order]), segregation(maps))

@@ -128,7 +128,7 @@ def test_a_call_equals_explicit_maps(mode: Any, heads: list[int] | None) -> None
         ({"lam": 1.5}, r"in \[0, 1\]"),
         ({"lam": -1.0, "mode": "guidance"}, "0 or above"),
         ({"template": "a photo"}, "must hold"),
-        ({"layout": "column"}, "only 'row'"),
+        ({"layout": "column"}, "'row' or 'fit'"),
         ({"layout": 3}, "mapping or a list"),
         ({"layout": {"circle": (2, 2)}}, "region of 'circle'"),
     ],

@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 
 import attnctl
+from attnctl.kernels.group_attention import Edit, Rows
 from attnctl.processors.vlm.pai import add_bias, raised_logits
+from attnctl.processors.vlm.rows import EditedPrompt, RowMemory
+from attnctl.records import PromptCall
 from attnctl.testing import oracles
 from attnctl.testing.calls import Record
 from attnctl.testing.vlms import VLMS, generate
@@ -182,6 +185,23 @@ def test_layers() -> None:
         attnctl.patch(model, attnctl.PAI(last_layer=31))
     with pytest.raises(attnctl.SelectorError, match="takes away"):
         attnctl.patch(model, attnctl.PAI(heads="L0-1"))
+
+
+def test_a_layer_on_another_device_is_asked_in_the_usual_way() -> None:
+    """The rows of a prompt are kept on the device of the first layer."""
+    q = torch.zeros(1, 2, 5, 8)
+    rows = Rows(torch.zeros(1, dtype=torch.int32), torch.ones(1, 1, dtype=torch.int32))
+    call = PromptCall(0, q, q, q, None, None, True, None, None, q.transpose(1, 2).contiguous())
+    asked: list[int] = []
+
+    def edit(site: int, residual: Any, heads: Any) -> Edit:
+        asked.append(site)
+        return Edit(torch.zeros(1, 5, dtype=torch.uint8), 0.2)
+
+    elsewhere = Rows(rows.columns.to("meta"), rows.flags.to("meta"))
+    assert EditedPrompt(elsewhere, 5, edit, RowMemory())(call) is None and not asked
+    EditedPrompt(rows, 5, edit, RowMemory())(call)
+    assert asked == [0]
 
 
 def test_presets() -> None:

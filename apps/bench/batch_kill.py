@@ -134,12 +134,12 @@ def _end(process: BaseProcess) -> int | None:
 def _draw(runs: Runs, folder: Path, ready: Connection) -> None:
     """Run the batch; this is the child's whole life."""
     torch.set_num_threads(1)  # small pictures: more threads only wait for each other
-    pipe = load(runs.model, device="cpu")
-    job = {"prompt": "a red circle", "seed": f"0-{runs.items - 1}", "steps": runs.steps}
-    jobs = [Raw("here", {**job, "control": ["softpag:heads=L0-1,scale=2"]})]
-    order = Order(Path("jobs.txt"), folder, batch=runs.batch)
-    ready.send(None)
     with contextlib.redirect_stderr(io.StringIO()):  # the progress bars
+        pipe = load(runs.model, device="cpu")
+        job = {"prompt": "a red circle", "seed": f"0-{runs.items - 1}", "steps": runs.steps}
+        jobs = [Raw("here", {**job, "control": ["softpag:heads=L0-1,scale=2"]})]
+        order = Order(Path("jobs.txt"), folder, batch=runs.batch)
+        ready.send(None)
         draw_batch(pipe, items_of(jobs, {}, {}), order, Crew(), lambda _: None)
 
 

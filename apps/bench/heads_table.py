@@ -5,8 +5,9 @@
 
 The first searches with each strategy from several seeds, then scores every set found, as many
 random sets of the same size, every full layer and all heads on held-out prompts and other seeds.
-`--only` takes one of the settings, so that they can run beside each other. The second scores the
-shipped redness set at several strengths u. Minutes on a GPU, a day on a CPU.
+`--only` takes one of the settings, so that they can run beside each other; `--beside FILE`
+scores the sets of an earlier table too, such as greedy's, which take long to find. The second
+scores the shipped redness set at several strengths u. Minutes on a GPU, a day on a CPU.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import re
 from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
@@ -30,7 +32,7 @@ from attnctl.processors.headhunter.headset import Head, HeadSet
 from attnctl.processors.headhunter.objective import objective
 from attnctl.processors.headhunter.trials import Trials
 
-from .statistics import Interval, mean_interval
+from .statistics import Interval, mean_interval, ratio_interval
 
 SETTINGS = (("redness", 3.0), ("world", 1.0), ("world", 3.0))
 STRATEGIES = ("greedy", "gradient", "halving")
@@ -39,7 +41,8 @@ CALL: dict[str, Any] = {
     "guidance_scale": 1.0,
     "max_sequence_length": 16,
 }
-SEARCH_SEEDS = (0, 1000, 2000)
+APART = 1000
+"""Between the seeds of one search's first picture and of the next's."""
 RANDOM = 6
 STRENGTHS = (0.25, 0.5, 0.75, 1.0)
 FAR = 50_000
@@ -62,7 +65,7 @@ def searched(pipe: Any, name: str, scale: float, given: argparse.Namespace) -> t
     sets: Sets = {}
     forwards: Facts = {}
     for strategy in given.strategies.split(","):
-        for seed in SEARCH_SEEDS:
+        for seed in range(0, APART * given.searches, APART):
             guidance = attnctl.SoftPAG(scale=scale, u=1.0)
             hunter = HeadHunter(
                 name, guidance, strategy, given.rounds, given.top_k, budget=given.budget,
@@ -74,6 +77,13 @@ def searched(pipe: Any, name: str, scale: float, given: argparse.Namespace) -> t
             sets[key], forwards[key] = made.heads, made.forwards
             print(name, scale, key, made.forwards, made.heads, flush=True)
     return sets, forwards
+
+
+def earlier(file: Path, setting: str) -> Sets:
+    """Return the sets that an earlier table's file holds for a setting."""
+    written: dict[str, str] = json.loads(file.read_text())[setting]["sets"]
+    pairs = {key: re.findall(r"L(\d+)H(\d+)", heads) for key, heads in written.items()}
+    return {key: tuple((int(a), int(b)) for a, b in heads) for key, heads in pairs.items()}
 
 
 def others(pool: list[Head], size: int) -> Iterator[tuple[str, tuple[Head, ...]]]:
@@ -102,7 +112,8 @@ def gains(judge: Trials, sets: Sequence[tuple[Head, ...]]) -> np.ndarray:
 def rows(found: dict[str, np.ndarray]) -> Iterator[Facts]:
     """Gain by kind: the mean over the searches of a strategy, over random sets, best layer, all.
 
-    With greedy among them, also each strategy's gain less 95 % of greedy's, picture by picture.
+    With greedy among them, also each strategy's part of greedy's gain, and its gain less 95 % of
+    greedy's picture by picture. Intervals are over pictures; `each` shows how searches differ.
     """
     kinds: dict[str, list[np.ndarray]] = {}
     for name, gain in found.items():
@@ -116,7 +127,7 @@ def rows(found: dict[str, np.ndarray]) -> Iterator[Facts]:
         row: Facts = {"kind": kind, "gain": told(mean_interval(mean))}
         row["each"] = [round(float(gain.mean()), 5) for gain in group]
         if greedy is not None and kind in STRATEGIES[1:]:
-            row["of greedy"] = round(float(mean.mean() / greedy.mean()), 3)
+            row["of greedy"] = told(ratio_interval(mean, greedy))
             row["less 95 % of greedy"] = told(mean_interval(mean - PART * greedy))
         yield row
 
@@ -129,6 +140,8 @@ def told(found: Interval) -> list[float]:
 def table(pipe: Any, name: str, scale: float, given: argparse.Namespace) -> Facts:
     """Search and score one setting."""
     sets, forwards = searched(pipe, name, scale, given)
+    if given.beside:
+        sets |= earlier(given.beside, setting_name(name, scale))
     judge = trials(pipe, name, scale, 1.0, given.n, given.batch)
     if not given.searched_only:
         sets |= dict(others(judge.pool, given.rounds * given.top_k))
@@ -164,17 +177,19 @@ def main() -> None:
     parser.add_argument("--top-k", type=int, default=4)
     parser.add_argument("--batch", type=int, default=640)
     parser.add_argument("--budget", type=float, default=0.05)
+    parser.add_argument("--searches", type=int, default=3, help="by each strategy")
     parser.add_argument("--strategies", default=",".join(STRATEGIES))
     known = [setting_name(*one) for one in SETTINGS]
     parser.add_argument("--only", choices=known, action="append")
     parser.add_argument("--searched-only", action="store_true", help="no random sets, no layers")
+    parser.add_argument("--beside", type=Path, help="score the sets of this earlier table too")
     parser.add_argument("--sweep", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("."))
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     pipe = load("tiny-sd3", dtype="float32")
     pipe.set_progress_bar_config(disable=True)
-    facts = {k: getattr(given, k) for k in ("n", "rounds", "top_k", "budget")}
+    facts = {k: getattr(given, k) for k in ("n", "rounds", "top_k", "budget", "searches")}
     data: Facts = {**facts, "device": str(pipe.device), "torch": torch.__version__}
     if torch.cuda.is_available():
         data["device"] = torch.cuda.get_device_name()

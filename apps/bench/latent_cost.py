@@ -10,7 +10,9 @@ have the grid) is learnt once:
 - stock: StableDiffusionPipeline;
 - heatmap: maps of two words read at every step;
 - a-star, attend-and-excite: ours, which move the latents at every step, once;
+- a-star, replayed: its gradient passes replayed as CUDA graphs;
 - a-star, checkpointed: with gradient checkpointing;
+- a-star, all at once: with several pictures, all of them in one gradient pass;
 - diffusers: its StableDiffusionAttendAndExcitePipeline, likewise once at every step.
 
 That pipeline knows no SDXL, but its loop and its attention processors know nothing about the
@@ -18,7 +20,14 @@ size of a UNet either: a hook gives SDXL's UNet the pooled embeddings that the l
 in every arm, so that the rest is diffusers' own code.
 
 To read: "step / diffusers", the milliseconds of a step against those of diffusers' pipeline, and
-"extra / diffusers", the same for the peak of memory less stock's peak.
+"extra / diffusers", the same for the peak of memory less stock's peak. A run's second step, in
+which passes are recorded, has a column of its own, "second_ms"; "behind_ms" is how long the device
+still works at a step's end, when Python is done: near 0, the step waits for Python.
+
+With `--counts` each arm also gets what a step asks of Python: "operations", calls of PyTorch's
+operators, forward and backward; "launches", those of them that compute something, and are no
+views. On a GPU comes "reserved_gib", the most memory that a run took from the device: recorded
+passes keep theirs between replays, of which "peak_gib" sees only what is in use.
 """
 
 from __future__ import annotations
@@ -30,6 +39,7 @@ import json
 import statistics
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -43,31 +53,35 @@ from diffusers import (
     StableDiffusionPipeline,
 )
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import attnctl
 
 from .cost import MODELS, Inputs, moved_to
 
-__all__ = ["growth", "measure", "moving", "pipelines"]
+__all__ = ["counts", "growth", "measure", "moving", "pipelines"]
 
 WORDS = [[3], [7]]
 """Positions of two words; with random weights any will do."""
 THEIRS = "diffusers"
+ALL = "a-star, all at once"
 PARTS = (1, 1.5, 2)
 """Sides of the pictures for `growth`, over the model's own."""
 
 
 class Clock(DDIMScheduler):
-    """DDIM that notes when each of its steps ends, once the device is done."""
+    """DDIM that notes when each of its steps ends, for Python and for the device."""
 
     def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
         """Begin a run."""
         self.ends: list[float] = []
+        self.launched: list[float] = []
         super().set_timesteps(*args, **kwargs)
 
     def step(self, model_output: Any, *args: Any, **kwargs: Any) -> Any:
-        """Return the step, having noted the time."""
+        """Return the step, having noted the times."""
         out = super().step(model_output, *args, **kwargs)
+        self.launched.append(time.perf_counter())
         if model_output.is_cuda:
             torch.cuda.synchronize()
         self.ends.append(time.perf_counter())
@@ -77,6 +91,12 @@ class Clock(DDIMScheduler):
     def milliseconds(self) -> list[float]:
         """What each step of the last run took, but the first."""
         return [1e3 * (b - a) for a, b in itertools.pairwise(self.ends)]
+
+    @property
+    def behind(self) -> list[float]:
+        """How many milliseconds later than Python the device was done, as `milliseconds`."""
+        pairs = zip(self.launched[1:], self.ends[1:], strict=True)
+        return [1e3 * (end - launched) for launched, end in pairs]
 
 
 def build(name: str, device: str, dtype: torch.dtype) -> tuple[nn.Module, Callable[[int], Inputs]]:
@@ -129,17 +149,22 @@ def pipelines(unet: nn.Module, inputs: Callable[[int], Inputs]) -> tuple[Any, An
     return both[0], both[1]
 
 
-def arms() -> dict[str, attnctl.Control | None]:
+def arms(pictures: int = 1) -> dict[str, attnctl.Control | None]:
     """Return the controls by arm, None for none."""
     once: dict[str, Any] = {"words": WORDS, "updates": 0}
-    return {
+    every: dict[str, attnctl.Control | None] = {
         "stock": None,
         "heatmap": attnctl.HeatMap(WORDS, sink=lambda maps: None),
         "a-star": attnctl.AStar(**once),
+        "a-star, replayed": attnctl.AStar(**once, replay=True),
         "a-star, checkpointed": attnctl.AStar(**once, checkpoint=True),
+        ALL: attnctl.AStar(**once, at_once=pictures),
         "attend-and-excite": attnctl.AttendAndExcite(**once, stop=1.0),
         THEIRS: None,
     }
+    if pictures == 1:
+        del every[ALL]  # as without
+    return every
 
 
 def moving(steps: int, pictures: int = 1) -> dict[str, Any]:
@@ -171,14 +196,84 @@ def measure(
     """
     spent: dict[str, list[float]] = {}
     peaks: dict[str, int] = {}
-    options = call_of(both[0].unet, inputs, steps, pictures=pictures)
+    second: dict[str, list[float]] = {}
+    behind: dict[str, list[float]] = {}
     for turn in range(rounds + 1):
-        for name, control in arms().items():
-            pipe, more = (both[1], moving(steps, pictures)) if name == THEIRS else (both[0], {})
-            peaks[name] = peak_of(pipe, control, {**options, **more})
+        for name in arms(pictures):
+            peaks[name], clock = _run(both, inputs, name, steps, pictures)
             if turn:
-                spent.setdefault(name, []).extend(pipe.scheduler.milliseconds)
-    return _figures(spent, peaks if both[0].unet.device.type == "cuda" else {})
+                spent.setdefault(name, []).extend(clock.milliseconds)
+                second.setdefault(name, []).append(clock.milliseconds[0])
+                behind.setdefault(name, []).extend(clock.behind)
+    found = _figures(spent, peaks if both[0].unet.device.type == "cuda" else {})
+    for name, row in found.items():
+        row["second_ms"] = round(statistics.median(second[name]), 3)
+        row["behind_ms"] = round(statistics.median(behind[name]), 3)
+    return found
+
+
+def _run(
+    both: tuple[Any, Any], inputs: Callable[[int], Inputs], name: str, steps: int, pictures: int
+) -> tuple[int, Clock]:
+    """Run an arm and return its peak of memory, and the clock of its steps."""
+    pipe, more = (both[1], moving(steps, pictures)) if name == THEIRS else (both[0], {})
+    options = {**call_of(pipe.unet, inputs, steps, pictures=pictures), **more}
+    return peak_of(pipe, arms(pictures)[name], options), pipe.scheduler
+
+
+# -- what a step consists of ------------------------------------------------------------------
+
+
+class Operations(TorchDispatchMode):
+    """Counts calls of PyTorch's operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.all: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        computes = not func.is_view and func.name() not in _NO_WORK
+        self.all.update(["operations", "launches"] if computes else ["operations"])
+        return func(*args, **(kwargs or {}))
+
+
+_NO_WORK = {
+    f"aten::{name}"
+    for name in ("_unsafe_view", "empty.memory_format", "empty_like", "empty_strided",
+                 "new_empty", "_local_scalar_dense", "lift_fresh")
+}  # fmt: skip
+"""Operators that are no views and launch nothing all the same."""
+
+
+def counts(
+    both: tuple[Any, Any], inputs: Callable[[int], Inputs], *, pictures: int = 1
+) -> dict[str, dict[str, float]]:
+    """Return by arm the operations and launches of a step, and the memory that a run reserves.
+
+    Each is the difference of a run of four steps and one of three, so that what a run does once
+    is left out.
+
+    Args:
+        both: from `pipelines`.
+        inputs: makes the UNet's arguments for n rows.
+        pictures: drawn in one call.
+    """
+    found: dict[str, dict[str, float]] = {}
+    for name in arms(pictures):
+        totals = []
+        for steps in (3, 4):
+            with Operations() as operations:
+                _run(both, inputs, name, steps, pictures)
+            totals.append(operations.all)
+        found[name] = {key: totals[1][key] - totals[0][key] for key in totals[0]}
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+            _run(both, inputs, name, 4, pictures)  # begins with a reset of the peaks
+            found[name]["reserved_gib"] = round(torch.cuda.max_memory_reserved() / 2**30, 4)
+    return found
+
+
+# -- memory -----------------------------------------------------------------------------------
 
 
 def growth(
@@ -256,6 +351,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--pictures", type=int, action="append", help="drawn in one call")
     parser.add_argument("--steps", type=int, default=5, help="of a run")
     parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--counts", action="store_true", help="and what a step consists of")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -277,9 +373,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
             data[case] = {"arms": found}
             if device == "cuda" and pictures == 1:
                 data[case]["heat maps by side of the latents"] = growth(both[0], inputs)
-            if given.out:  # after every case: the next may not fit
-                given.out.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+            _write(given.out, data)  # after every case: the next may not fit
+            if given.counts:
+                data[case]["a step"] = counts(both, inputs, pictures=pictures)
+                _write(given.out, data)
     print(json.dumps(data, indent=1))
+
+
+def _write(out: Path | None, data: dict[str, Any]) -> None:
+    if out is not None:
+        out.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

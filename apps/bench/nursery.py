@@ -14,7 +14,7 @@ __all__ = ["nursery"]
 
 LIBRARIES = [
     "attnctl.apps.cli",
-    "attnctl.apps.bench.batch_kill",
+    "attnctl.apps.batch.command",
     "attnctl.apps.eval.command",
     "diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3",
     "transformers.models.llava.modeling_llava",

@@ -1,12 +1,15 @@
-"""Placebos of SpaceTime: its descriptions without a layout, and other prompts' descriptions."""
+"""Placebos of SpaceTime: its descriptions without a layout, badly laid out, and other prompts'."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from torch import Tensor
+
 from attnctl.control import Control
 from attnctl.errors import OptionError
+from attnctl.processors.steering.fitting import fitted
 from attnctl.processors.steering.spacetime import Scene, SpaceTime
 from attnctl.records import Step
 from attnctl.sites import Sites
@@ -18,7 +21,7 @@ if TYPE_CHECKING:
     from attnctl.hosts.run import Run
     from attnctl.selectors import Selection
 
-__all__ = ["everywhere", "neighbours_descriptions"]
+__all__ = ["everywhere", "neighbours_descriptions", "worst_fit"]
 
 WHOLE = (0.0, 0.0, 1.0, 1.0)
 
@@ -42,6 +45,9 @@ def everywhere(control: Control, sites: Sites, seed: int) -> Control | None:
 
         def places(self, prompt: Prompt, i: int, prompts: int) -> list[tuple[Any, Any]]:
             return [(name, WHOLE) for name, _ in super().places(prompt, i, prompts)]
+
+        def arranged(self, apart: Tensor) -> list[Any]:
+            return [WHOLE] * len(apart)
 
         def _lam(self, objects: int, step: Step) -> float:
             return float(super()._lam(objects, step)) / objects
@@ -69,6 +75,24 @@ def neighbours_descriptions(control: Control, sites: Sites, seed: int) -> Contro
             return scene
 
     return _like(control, Shuffled)
+
+
+@placebo("worst fit")
+def worst_fit(control: Control, sites: Sites, seed: int) -> Control | None:
+    """Return SpaceTime with the objects in the order that fits the noise least.
+
+    None for other controls and layouts; arguments as in `everywhere`.
+    """
+    if not isinstance(control, SpaceTime) or control.layout != "fit":
+        return None
+
+    class Worst(type(control)):  # type: ignore[misc]
+        name: ClassVar[str] = f"{control.name}-worst-fit"
+
+        def arranged(self, apart: Tensor) -> list[Any]:
+            return list(fitted(apart, max))
+
+    return _like(control, Worst)
 
 
 def _like(control: Control, cls: type[Control]) -> Control:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["Interval", "mcnemar", "mean_interval", "paired_interval"]
+__all__ = ["Interval", "mcnemar", "mean_interval", "paired_interval", "ratio_interval"]
 
 RESAMPLES = 4000
 
@@ -45,6 +45,17 @@ def mean_interval(values: np.ndarray, seed: int = 0) -> Interval:
 def paired_interval(treated: np.ndarray, stock: np.ndarray, seed: int = 0) -> Interval:
     """Return the mean of treated - stock over cases [n], resampling cases."""
     return mean_interval(np.asarray(treated, float) - np.asarray(stock, float), seed)
+
+
+def ratio_interval(part: np.ndarray, whole: np.ndarray, seed: int = 0) -> Interval:
+    """Return the mean of part over that of whole, both over the same cases [n], resampling cases.
+
+    Where the mean of whole may be zero, so that the ratio has no bounds, the interval is wide.
+    """
+    x, y = np.asarray(part, dtype=np.float64), np.asarray(whole, dtype=np.float64)
+    picks = np.random.default_rng(seed).integers(0, len(x), (RESAMPLES, len(x)))
+    low, high = np.quantile(x[picks].mean(axis=1) / y[picks].mean(axis=1), (0.025, 0.975))
+    return Interval(float(x.mean() / y.mean()), float(low), float(high))
 
 
 def mcnemar(wins: int, losses: int) -> float:

@@ -13,6 +13,8 @@ settings. Arms are those of `ARMS`, or given with `--arm`, in text form:
 Figures of an arm: the share of pictures that are exact; of those in which every prompted object
 is there, whatever else is; of those without a mixture, an object with the colour of one prompted
 object and the shape of another; log-probability, objects off and clipped pixels as quality.
+In a file, "hits" says of every prompt whether its picture is exact, so that any two arms can be
+paired.
 `--shard 2/8` runs the second eighth of the arms, `--join` puts the files of all into one.
 """
 
@@ -78,6 +80,7 @@ CROSS: tuple[str, ...] = (
     "spacetime",
     "placebo everywhere: spacetime",
     "placebo neighbour's descriptions: spacetime",
+    "placebo worst fit: spacetime",
     "spacetime + regulation",
     "spacetime + attend-and-excite",
     "spacetime + attend-and-excite + regulation",
@@ -179,6 +182,7 @@ def _row(arm: str, scores: dict[str, np.ndarray], stock: dict[str, np.ndarray]) 
         "won": won,
         "lost": lost,
         "p": float(f"{mcnemar(won, lost):.3g}"),
+        "hits": "".join(map(str, hit.astype(int))),
     }
 
 

@@ -9,6 +9,9 @@ References:
     Wang et al., "AMBER: An LLM-free Multi-dimensional Benchmark for MLLMs Hallucination
     Evaluation", 2023 (arXiv 2311.07397); files and inference.py of
     github.com/junyangwang0410/AMBER.
+
+Deviation: the official script's counts of cases begin at 0.001 (metrics.txt), ours at 0, so that
+a share of one answer is exact. On AMBER's 1004 descriptions that is 0.0001 points.
 """
 
 from __future__ import annotations

@@ -38,6 +38,8 @@ ORPHAN = 0
 SLOT = "_attnctl"
 """Where a patched object keeps its binding; copies and pickles hold None there."""
 
+_NO_HEADS, _ALL = torch.empty(0), slice(None)
+
 
 def binding_of(module: nn.Module) -> Binding | None:
     """Return the binding of a denoiser (compiled or not), None if it has none."""
@@ -60,6 +62,11 @@ class Binding(Uncopied):
         self.family = family_of(original_class(module))
         kind: Any = original_class(module)
         self.signature = inspect.signature(kind.forward)
+        self.names = [
+            name
+            for name, parameter in list(self.signature.parameters.items())[1:]
+            if parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+        ]
         self.entries: list[Entry] = []
         self.hooked: dict[int, tap.SiteRef] = {}
         self.spaces: dict[int, dict[str, Any]] = {}
@@ -186,7 +193,12 @@ class Binding(Uncopied):
         return [e for e in self.entries if e.owner in owners]
 
     def name_inputs(self, args: Any, kwargs: Any) -> dict[str, Any]:
-        """Return a denoiser call's arguments by name."""
+        """Return a denoiser call's arguments by name, in the order of its signature."""
+        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        inputs = {name: given[name] for name in self.names if name in given}
+        if set(self.names[:1]) & set(inputs) and len(inputs) == len(args) + len(kwargs):
+            return inputs
+        # further names, or an error that Python words best
         bound = self.signature.bind(None, *args, **kwargs)
         inputs = dict(list(bound.arguments.items())[1:])
         inputs.update(inputs.pop("kwargs", {}) or {})
@@ -357,6 +369,7 @@ class Forward:
             cached=bool(getattr(self.binding.module, "is_cache_enabled", False)),
             rest=tuple(e for e in self.active if e.denoises),
             model=self.binding.module,
+            stack=tuple(self.active),
         ).caught_up()
         sample = call.proceed()
         assert self.wrap is not None  # some control ran the model
@@ -426,33 +439,39 @@ class Forward:
 
     def wanting(self, site: int) -> tuple[Entry, ...]:
         """Return the entries whose attention plane acts at a site."""
-        return tuple(e for e in self.active if e.wants(site, self.rows))
+        return tuple([e for e in self.active if e.wants(site, self.rows)])
 
     def attend(self, site: int, index: int, *call: Any, part: slice | None = None) -> Tensor:
         """Run the attention plane of one primitive call; see `tap._attend`."""
         q, k, v, mask, scale, is_causal, gqa, base = call
-        rest = self.wanting(site)
-        if self._is_ip(self.binding.sites[site], index, q, k):
+        rest, where = self.wanting(site), self.binding.sites[site]
+        if index and self._is_ip(where, index, q, k):
             rest = tuple(e for e in rest if "cross" in e.control.kinds)
         if not rest:
             return base(*call[:-1])
-        if part is None and parallelism(self.binding.module):
+        if part is None and self.spread:
             raise HostError(
-                f"{self.binding.sites[site]} does not exchange its tokens with the other "
+                f"{where} does not exchange its tokens with the other "
                 f"processes, so {rest[0].control} would see a part of them: choose other sites"
             )
-        return AttentionCall(
-            q, k, v, mask, scale, is_causal, gqa,
-            site=self.binding.sites[site],
-            rows=self.rows,
-            step=self.step,
-            index=index,
-            spans_of=self._spans,
-            base=base,
-            rest=rest,
-            run=self.run,
-            part=slice(None) if part is None else part,
-        ).proceed()  # fmt: skip
+        made = AttentionCall.quick(
+            {
+                "q": q, "k": k, "v": v, "mask": mask, "scale": scale, "is_causal": is_causal,
+                "enable_gqa": gqa, "site": where, "rows": self.rows, "step": self.step,
+                "index": index, "spans_of": self._spans, "base": base, "rest": rest,
+                "heads": _NO_HEADS, "state": None, "run": self.run, "role": "",
+                "residual": None, "every_head": False, "plain": False,
+                "part": _ALL if part is None else part,
+            }
+        )  # fmt: skip
+        if len(rest) == 1 and part is None:
+            return rest[0].attend_alone(rest[0].alone(made))
+        return made.proceed()
+
+    @functools.cached_property
+    def spread(self) -> bool:
+        """Whether the denoiser is spread over processes."""
+        return bool(parallelism(self.binding.module))
 
     @staticmethod
     def _is_ip(site: Site, index: int, q: Tensor, k: Tensor) -> bool:
@@ -460,6 +479,20 @@ class Forward:
         return site.kind == "joint" and index > 0 and q.shape[2] != k.shape[2]
 
     def _spans(self, call: AttentionCall) -> Spans:
+        at = call.site.index, call.index, call.q.shape[2], call.k.shape[2]
+        found = self._known_spans.get(at)
+        if found is None:
+            found = self._known_spans[at] = self._find_spans(call)
+        return found
+
+    @functools.cached_property
+    def _known_spans(self) -> dict[tuple[int, int, int, int], Spans]:
+        """Spans of calls on this grid, the same at every step of a run."""
+        of = "spans", self.binding.sites[0].denoiser, self.geometry
+        known: dict[tuple[int, int, int, int], Spans] = self.run.cache.setdefault(of, {})
+        return known
+
+    def _find_spans(self, call: AttentionCall) -> Spans:
         module = self.binding.modules[call.site.index]
         # Wan I2V attends to its image first; IP-Adapter comes after the text
         added = getattr(module, "add_k_proj", None) is not None

@@ -141,7 +141,9 @@ class ModelCalls:
 def _whole(model: Any) -> Any:
     """Return the model whose answer a model is generating: itself, or the one around it."""
     given = LOCAL.generation
-    return model if given is None or speaker_of(given.model) is not model else given.model
+    if given is None or given.model is model or speaker_of(given.model) is not model:
+        return model
+    return given.model
 
 
 def _prompt() -> Prompt | None:
@@ -423,6 +425,8 @@ def _begins(generation: Any, own: _Given, past: int, n: int) -> bool:
     rows, most = generation.ids.shape[0], min(n, generation.ids.shape[1])
     if own.ids.shape[0] % rows:
         return False
+    if own.ids.shape == generation.ids.shape:
+        return torch.equal(own.ids_here, generation.ids_here)
     repeated = fit_rows(generation.ids_here, own.ids.shape[0])
     return torch.equal(own.ids_here[:, :most], repeated[:, :most])
 
@@ -468,10 +472,11 @@ class Forward:
         """Run the attention plane of one site."""
         known = None if self.written is None else self.written.get(site)
         if known is not None:
-            row = self._write(known[1], module, call, kwargs)
-            if row is not None:
-                known[0].calls[site] += 1
-                return row
+            entry, row = known
+            done = self._write(row, module, call, kwargs)
+            if done is not None:
+                entry.calls[site] += 1
+                return done
         rest = self.acting.get(site)
         if rest is None:
             rest = tuple(e for e in self.active if e.wants(site, self.rows))
@@ -533,7 +538,7 @@ class Forward:
         q, k, v, mask = call
         first = max(0, self.past + 1 - k.shape[2])
         found = row(q, k, v, mask, kwargs.get("scaling"), first)
-        return None if found is None else (found.transpose(1, 2).contiguous(), None)
+        return None if found is None else (found, None)
 
     def _read(
         self, entry: Entry, reading: Reading, stock: Stock, site: int, module: nn.Module,
@@ -542,18 +547,12 @@ class Forward:
         """Run what is known to be done to a prompt, past the stack; None if it declines."""
         q, k, v, mask = call
         heads = None if site in entry.entire else entry.selection[site]
-
-        def run() -> Tensor:
-            out: Tensor = stock.run(module, q, k, v, mask, **kwargs)[0]
-            return out
-
+        causal = q.shape[2] > 1 and stock.causal(module, mask, kwargs)
+        residual = None if self.stream is None else self._residual()
+        out = stock.run(module, q, k, v, mask, **kwargs)[0].contiguous()
         return reading(
-            PromptCall(
-                site, q, k, v, mask, kwargs.get("scaling"),
-                q.shape[2] > 1 and stock.causal(module, mask, kwargs), self._residual(), heads,
-                run,
-            )
-        )  # fmt: skip
+            PromptCall(site, q, k, v, mask, kwargs.get("scaling"), causal, residual, heads, out)
+        )
 
     def _stock(self, module: nn.Module) -> Stock:
         """Return a module's own attention."""

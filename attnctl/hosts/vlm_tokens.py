@@ -48,9 +48,13 @@ def label(ids: Tensor, mask: Tensor | None, images: tuple[int, ...]) -> Tensor:
         mask: [B, N], 0 at padding; None for none.
         images: ids of image tokens.
     """
-    labels = torch.zeros_like(ids, dtype=torch.uint8)
-    for one in images:
-        labels.masked_fill_(ids == one, _IMAGE)
+    if not images:
+        labels = torch.zeros_like(ids, dtype=torch.uint8)
+    else:
+        found = ids == images[0]
+        for one in images[1:]:
+            found |= ids == one
+        labels = found.view(torch.uint8)  # _IMAGE is 1, _TEXT 0
     return labels if mask is None else labels.masked_fill_(mask == 0, _PAD)
 
 
@@ -85,7 +89,7 @@ class Sequence:
             self.labels = torch.cat([old, labels], dim=1)
         else:
             self.labels = labels
-        self.padded_right = labels is not None and bool((labels[:, -1] == _PAD).any())
+        self.padded_right = labels is not None and _PAD in labels[:, -1].tolist()
 
 
 def _wide(labels: Tensor, n: int) -> Tensor:
@@ -149,7 +153,7 @@ def tokens_of(
         return labels == value
 
     def queries(role: str) -> Tensor:
-        found = _answering(sequence, labels, slots()) if role == "answer" else role_of(role)
+        found = _answering(sequence, labels) if role == "answer" else role_of(role)
         return found[:, past:]
 
     def among_all(role: str) -> Tensor:
@@ -170,10 +174,13 @@ def _images_after(labels: Tensor) -> Tensor:
     return (labels == _IMAGE).flip(1).cumsum(1).flip(1)
 
 
-def _answering(sequence: Sequence, labels: Tensor, slots: Tensor) -> Tensor:
+def _answering(sequence: Sequence, labels: Tensor) -> Tensor:
     """Return the tokens [B, N] from the last real one of each row's prompt on."""
-    last = torch.full_like(labels[:, :1], sequence.prompt - 1, dtype=torch.long)
-    if sequence.padded_right:
-        real = (labels != _PAD) & (slots < sequence.prompt)
-        last = (real * slots).amax(dim=1, keepdim=True)
+    if not sequence.padded_right:
+        found = torch.zeros_like(labels, dtype=torch.bool)
+        found[:, sequence.prompt - 1 :] = True
+        return found
+    slots = torch.arange(labels.shape[1], device=labels.device)
+    real = (labels != _PAD) & (slots < sequence.prompt)
+    last = (real * slots).amax(dim=1, keepdim=True)
     return (slots >= last) & (labels != _PAD)

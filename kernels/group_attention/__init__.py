@@ -1,6 +1,6 @@
 """Attention that treats a few groups of keys differently: masses, parts, factors, edited rows."""
 
-from .api import codes_fit, edit_rows, edited_row, rows_fit, sink_codes, with_edited_rows
+from .api import codes_call, edit_rows, edited_row, rows_fit
 from .edit import Edit, Rows
 from .reference import (
     group_attention,
@@ -13,7 +13,7 @@ from .reference import (
 __all__ = [
     "Edit",
     "Rows",
-    "codes_fit",
+    "codes_call",
     "edit_rows",
     "edited_row",
     "group_attention",
@@ -22,6 +22,4 @@ __all__ = [
     "regrouped_attention",
     "row_probabilities",
     "rows_fit",
-    "sink_codes",
-    "with_edited_rows",
 ]

@@ -7,39 +7,24 @@ token a time the time goes into starting work, of which an operator would double
 
 from __future__ import annotations
 
-import functools
-import importlib
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from attnctl.kernels.devices import kernels_on
+
 from .edit import DTYPES, Edit, Rows
 
 __all__ = [
-    "codes_fit",
+    "codes_call",
     "edit_rows",
     "edited_row",
     "rows_fit",
-    "sink_codes",
-    "with_edited_rows",
 ]
 
 
-@functools.cache
-def _kernels(device: torch.device) -> Any:
-    """Return the module of the kernels, None where they cannot run."""
-    try:
-        found = importlib.import_module(".triton", __package__)
-    except ImportError:
-        return None
-    if device.type == "cuda":
-        usable = torch.version.cuda is not None
-        usable = usable and torch.cuda.get_device_capability(device) >= (8, 0)
-    else:
-        usable = device.type == "cpu" and found.INTERPRETED
-    return found if usable else None
+_TRITON = f"{__package__}.triton"
 
 
 def _graph_wanted(*tensors: Tensor) -> bool:
@@ -55,7 +40,7 @@ def rows_fit(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
         v: [B, Hkv, Nk, Dv].
         mask: as of scaled_dot_product_attention.
     """
-    kernels = _kernels(q.device)
+    kernels = kernels_on(q.device, _TRITON)
     if kernels is None or _graph_wanted(q, k, v):
         return False
     fit: bool = kernels.tensors_fit(q, k, v, mask)
@@ -76,16 +61,15 @@ def edited_row(
         scale: factor on the logits, None for 1/sqrt(D).
 
     Returns:
-        [B, H, 1, D], a view of a tensor in the layout [B, 1, H, D]; None where the kernel cannot
-        take the call.
+        [B, 1, H, D]; None where the kernel cannot take the call.
     """
-    call = _call(q, k, v, None, edit, None, mask, scale, False)
+    call = _call(q, k, v, edit, None, mask, scale, False)
     if call is None:
         return None
     batch, heads, _, width = q.shape
     out = q.new_empty((batch, 1, heads, width))
-    _start(call, q, k, v, out, edit, None, mask)
-    return out.transpose(1, 2)
+    call(q, k, v, out, edit, None, mask)
+    return out
 
 
 def edit_rows(
@@ -98,7 +82,7 @@ def edit_rows(
     mask: Tensor | None = None,
     scale: float | None = None,
     causal: bool = False,
-) -> None:
+) -> bool:
     """Write the attention of some queries, with their weights edited, into that of all.
 
     Rows and heads that the edit leaves alone keep what `out` holds.
@@ -107,119 +91,46 @@ def edit_rows(
         q: [B, H, Nq, D].
         k: [B, Hkv, Nk, D].
         v: [B, Hkv, Nk, D].
-        out: [B, H, Nq, D], unit stride last; changed in place.
+        out: [B, Nq, H, D], contiguous; changed in place.
         edit: the edit.
         rows: the queries.
         mask: bool (True = may attend) or additive float [B or 1, H or 1, Nq or 1, Nk].
         scale: factor on the logits, None for 1/sqrt(D).
         causal: whether query i sees the keys up to i only.
 
-    Raises:
-        ValueError: if the kernel cannot take the call (`rows_fit`).
-    """
-    if not rows.columns.shape[0]:
-        return
-    call = _call(q, k, v, out.stride()[:3], edit, rows, mask, scale, causal)
-    if call is None:
-        raise ValueError("the kernel cannot take this call: ask rows_fit first")
-    _start(call, q, k, v, out, edit, rows, mask)
-
-
-def with_edited_rows(
-    stock: Callable[[], Tensor],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    edit: Edit,
-    rows: Rows,
-    mask: Tensor | None,
-    scale: float | None,
-    causal: bool,
-) -> Tensor | None:
-    """Return attention with some rows edited, from a function that computes it for all.
-
-    Args:
-        stock: returns the attention [B, Nq, H, D] of all queries.
-        q: as in `edit_rows`, like the others.
-        k: [B, Hkv, Nk, D].
-        v: [B, Hkv, Nk, D].
-        edit: the edit.
-        rows: the queries.
-        mask: bool or additive float.
-        scale: factor on the logits.
-        causal: whether query i sees the keys up to i only.
-
     Returns:
-        [B, Nq, H, D]; None, with `stock` not called, where the kernel cannot take the call.
+        Whether the kernel can take the call (`rows_fit`); if not, nothing is changed.
     """
     if not rows.columns.shape[0]:
-        return stock()
-    call = _call(q, k, v, None, edit, rows, mask, scale, causal)
+        return True
+    call = _call(q, k, v, edit, rows, mask, scale, causal)
     if call is None:
-        return None
-    out = stock().contiguous()
-    _start(call, q, k, v, out, edit, rows, mask)
-    return out
+        return False
+    call(q, k, v, out, edit, rows, mask)
+    return True
 
 
 def _call(
-    q: Tensor, k: Tensor, v: Tensor, steps: Any, edit: Edit, rows: Rows | None,
-    mask: Tensor | None, scale: float | None, causal: bool,
+    q: Tensor, k: Tensor, v: Tensor, edit: Edit, rows: Rows | None, mask: Tensor | None,
+    scale: float | None, causal: bool,
 ) -> Any:  # fmt: skip
-    kernels = _kernels(q.device)
+    kernels = kernels_on(q.device, _TRITON)
     if kernels is None or _graph_wanted(q, k, v):
         return None
-    return kernels.rows_call(q, k, v, steps, edit, rows, mask, scale, causal)
+    return kernels.rows_call(q, k, v, edit, rows, mask, scale, causal)
 
 
-def _start(call: Any, q: Tensor, *rest: Any) -> None:
-    if _is_here(q):
-        call(q, *rest)
-        return
-    with torch.cuda.device_of(q):
-        call(q, *rest)
-
-
-@functools.cache
-def _several_gpus() -> bool:
-    return torch.cuda.device_count() > 1
-
-
-def _is_here(x: Tensor) -> bool:
-    """Whether a kernel on this tensor can be started at once: it starts on the current GPU."""
-    return not _several_gpus() or not x.is_cuda or x.device.index == torch.cuda.current_device()
-
-
-def codes_fit(hidden: Tensor) -> bool:
-    """Whether `sink_codes` can take such a residual stream [B, N, width]."""
-    fits = hidden.dtype in DTYPES and hidden.stride(2) == 1
-    return fits and _kernels(hidden.device) is not None
-
-
-def sink_codes(
-    hidden: Tensor,
-    dims: Tensor,
-    labels: Tensor,
-    tau: float,
-    limit: int,
-    out: Tensor | None = None,
-) -> Tensor:
-    """Return the codes uint8 [B, N] of tokens: 1 text sink, 2 image sink, 3 other image, else 0.
+def codes_call(hidden: Tensor, dims: Tensor, labels: Tensor, tau: float, limit: int) -> Any:
+    """Return what writes the codes of tokens (`spikes.CodesCall`), None if that cannot be.
 
     Args:
-        hidden: [B, N, width], what a layer reads.
+        hidden: [B, N, width], what the first layer reads.
         dims: the sink dimensions, a tensor of whole numbers.
         labels: uint8 [B, N]: 0 text, 1 image, 2 padding, 3 image tokens that are never sinks.
         tau: least phi of a sink.
         limit: tokens from this one on are never sinks.
-        out: contiguous uint8 [B, N] to write them into; None for a new tensor.
     """
-    if out is None:
-        out = torch.empty(hidden.shape[:2], dtype=torch.uint8, device=hidden.device)
-    find = _kernels(hidden.device).sink_codes_triton
-    if _is_here(hidden):
-        find(hidden, dims, labels, out, tau, limit)
-        return out
-    with torch.cuda.device_of(hidden):
-        find(hidden, dims, labels, out, tau, limit)
-    return out
+    kernels = kernels_on(hidden.device, _TRITON)
+    if kernels is None or hidden.dtype not in DTYPES or hidden.stride(2) != 1:
+        return None
+    return kernels.CodesCall(hidden, dims, labels, tau, limit)

@@ -40,7 +40,7 @@ class Rows(NamedTuple):
 
     Args:
         columns: int32 [R], their numbers, each once.
-        flags: uint8 [B, R], not 0 where the row of the batch has this query.
+        flags: int32 [B, R], contiguous, not 0 where the row of the batch has this query.
     """
 
     columns: Tensor

@@ -8,12 +8,22 @@ sizes and addresses are multiples of 16) is the same at almost every launch, so 
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor
 from triton.compiler import CompiledKernel
+from triton.runtime import driver
 
-__all__ = ["MOST_KNOWN", "Launch"]
+from attnctl.kernels.devices import is_here
+
+try:
+    from triton import knobs
+except ImportError:  # before Triton 3.4
+    knobs = None
+
+__all__ = ["MOST_KNOWN", "Launch", "stream_of"]
 
 MOST_KNOWN = 64
 """Launches that a kernel keeps, before all are made anew."""
@@ -21,7 +31,17 @@ MOST_KNOWN = 64
 _UNIT = 16
 """Triton compiles for addresses and sizes that are multiples of this."""
 
+_ADDRESS = Tensor.data_ptr
+
 _COMPILED: dict[Any, CompiledKernel] = {}
+
+
+def stream_of(device: torch.device) -> int:
+    """Return the current stream of a GPU, 0 for other devices."""
+    if device.type != "cuda":
+        return 0
+    stream: int = driver.active.get_current_stream(device.index)
+    return stream
 
 
 class Launch:
@@ -34,7 +54,8 @@ class Launch:
     Args:
         kernel: what triton.jit returned.
         grid: its three sizes.
-        types: whatever else the compiled kernel depends on: device and types of the tensors.
+        device: where the tensors are.
+        types: whatever else the compiled kernel depends on: types of the tensors.
         aligned: number of tensors whose alignment matters.
         sizes: sizes that Triton may specialise on.
         numbers: numbers that it may not.
@@ -46,6 +67,7 @@ class Launch:
         self,
         kernel: Any,
         grid: tuple[int, int, int],
+        device: torch.device,
         types: Any,
         aligned: int,
         sizes: tuple[int, ...],
@@ -54,15 +76,21 @@ class Launch:
         options: dict[str, Any] | None = None,
     ) -> None:
         options = options or {}
-        self.kernel, self.grid, self.aligned = kernel, grid, aligned
+        self.kernel, self.grid, self.device, self.aligned = kernel, grid, device, aligned
         self.fixed, self.constants = (*sizes, *numbers), {**constants, **options}
         self.rest = (*sizes, *numbers, *constants.values())
         usual = all(size % _UNIT == 0 and size < 2**31 for size in sizes)
-        self.key = (kernel, types, *constants.values(), *options.values()) if usual else None
+        self.key = None
+        if usual:
+            self.key = kernel, device, types, *constants.values(), *options.values()
         self._known(_COMPILED.get(self.key))
 
     def _known(self, compiled: CompiledKernel | None) -> None:
-        self.start = None if compiled is None else compiled[self.grid]
+        self.run = None
+        if compiled is not None:
+            self.run = compiled.run
+            none = None, None, None  # no hooks, and nothing to tell them
+            self.head = compiled.function, compiled.packed_metadata, *none
 
     def __call__(self, tensors: tuple[Tensor, ...], *numbers: float) -> None:
         """Start the kernel.
@@ -71,15 +99,25 @@ class Launch:
             tensors: its tensors; their devices, types and shapes are always the same.
             *numbers: its numbers that change.
         """
-        at = [x.data_ptr() for x in tensors]
+        at = [*map(_ADDRESS, tensors)]
         bits = 0
         for address in at[: self.aligned]:
             bits |= address
-        usual = bits % _UNIT == 0
-        if usual and self.start is not None:
-            self.start(*at, *numbers, *self.rest)
+        usual, here = bits % _UNIT == 0, is_here(tensors[0])
+        if usual and here and self.run is not None and not _watched():
+            stream = stream_of(self.device)
+            self.run(*self.grid, stream, *self.head, *at, *numbers, *self.rest)
             return
-        made = self.kernel[self.grid](*tensors, *numbers, *self.fixed, **self.constants)
+        with nullcontext() if here else torch.cuda.device_of(tensors[0]):
+            made = self.kernel[self.grid](*tensors, *numbers, *self.fixed, **self.constants)
         if usual and self.key is not None and isinstance(made, CompiledKernel):
             _COMPILED[self.key] = made
             self._known(made)
+
+
+def _watched() -> bool:
+    """Whether a profiler wants to hear of launches, or may want to."""
+    if knobs is None:
+        return True
+    hooks = knobs.runtime.launch_enter_hook
+    return hooks is not None and bool(getattr(hooks, "calls", True))

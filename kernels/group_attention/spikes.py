@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import MOST_KNOWN, Launch
+from .launch import Launch
 
-__all__ = ["sink_codes_triton"]
+__all__ = ["CodesCall"]
 
 
 @triton.jit(
@@ -41,29 +39,25 @@ def sink_codes_kernel(
     tl.store(Codes + i_b * n_tokens + i_n, code.to(tl.uint8))
 
 
-def sink_codes_triton(
-    hidden: Tensor, dims: Tensor, labels: Tensor, out: Tensor, tau: float, limit: int
-) -> None:
-    """Write the codes of tokens: 1 text sink, 2 image sink, 3 other image token, else 0.
+class CodesCall:
+    """Writes the codes of tokens, at one layer after another that reads a stream of one shape.
 
     Args:
         hidden: [B, N, width], what a layer reads, unit stride last.
         dims: the sink dimensions, a whole-number tensor.
         labels: uint8 [B, N]: 0 text, 1 image, 2 padding, 3 image tokens that are never sinks.
-        out: uint8 [B, N], contiguous.
         tau: least phi of a sink.
         limit: tokens from this one on are never sinks.
     """
-    kind = (
-        hidden.shape, hidden.stride(), hidden.dtype, hidden.device, labels.stride(), dims.shape,
-    )  # fmt: skip
-    launch = _KNOWN.get(kind)
-    if launch is None:
+
+    def __init__(
+        self, hidden: Tensor, dims: Tensor, labels: Tensor, tau: float, limit: int
+    ) -> None:
         batch, n, width = hidden.shape
-        if len(_KNOWN) >= MOST_KNOWN:
-            _KNOWN.clear()
-        launch = _KNOWN[kind] = Launch(
-            sink_codes_kernel, (n, batch, 1), (hidden.device, hidden.dtype, dims.dtype), 1,
+        self.kind = hidden.shape, hidden.stride(), hidden.dtype, hidden.device
+        self.given, self.numbers = (dims, labels), (limit, float(tau))
+        self.launch = Launch(
+            sink_codes_kernel, (n, batch, 1), hidden.device, (hidden.dtype, dims.dtype), 1,
             hidden.stride()[:2], (labels.stride(0), n, torch.finfo(torch.float32).tiny),
             {
                 "N_DIMS": dims.shape[0], "WIDTH": width,
@@ -71,7 +65,16 @@ def sink_codes_triton(
                 "BD": min(1024, triton.next_power_of_2(width)),
             },
         )  # fmt: skip
-    launch((hidden, dims, labels, out), limit, float(tau))
 
+    def takes(self, hidden: Tensor) -> bool:
+        """Whether a layer's stream is of the shape and layout that this was made for."""
+        return (hidden.shape, hidden.stride(), hidden.dtype, hidden.device) == self.kind
 
-_KNOWN: dict[Any, Launch] = {}
+    def __call__(self, hidden: Tensor, out: Tensor) -> None:
+        """Write the codes: 1 text sink, 2 image sink, 3 other image token, else 0.
+
+        Args:
+            hidden: [B, N, width], of a shape that `takes` takes.
+            out: uint8 [B, N], contiguous.
+        """
+        self.launch((hidden, *self.given, out), *self.numbers)

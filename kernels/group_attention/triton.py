@@ -12,7 +12,8 @@ and both groups of image tokens are seen. Factors on groups need no second pass:
 within the groups is kept beside the whole, and put together at the end.
 
 One program takes BM rows of one key head: a row of each query head of the group in turn. A few
-rows of long sequences are split over the keys; the parts are put together by a second kernel.
+rows of long sequences are split over the keys; the program that is done last puts the parts
+together, so that an edit is one launch.
 """
 
 from __future__ import annotations
@@ -26,21 +27,26 @@ import triton.language as tl
 from torch import Tensor
 
 from .edit import DTYPES, Edit, Rows
-from .launch import MOST_KNOWN, Launch
-from .spikes import sink_codes_triton
+from .launch import MOST_KNOWN, Launch, stream_of
+from .spikes import CodesCall
 
-__all__ = ["INTERPRETED", "RowsCall", "rows_call", "sink_codes_triton", "tensors_fit"]
+__all__ = ["INTERPRETED", "CodesCall", "RowsCall", "rows_call", "tensors_fit"]
 
-MOST_PROGRAMS, FEWEST_KEYS = 128, 1024
+MOST_PROGRAMS, FEWEST_KEYS = 128, 256
 """For written tokens: programs are split over the keys up to so many (about one for each
-multiprocessor), while each has so many keys. The host is what is waited for there, and putting
-parts together is another launch."""
+multiprocessor), while each has so many keys."""
 
 MOST_IN_PROMPT, FEWEST_IN_PROMPT = 512, 512
 """The same for rows of a prompt, where long ones wait for the GPU."""
 
+MOST_SPLITS = 16
+"""Most parts of a row's keys: one program puts them together, one after another."""
+
 MOST_ROWS, KEYS, WARPS = 16, 64, 4
 """Rows of a program, keys that it takes at once, and its warps."""
+
+UNROLL = 4
+"""Parts that are read at once."""
 
 
 @triton.jit
@@ -54,6 +60,19 @@ def _finished(total, acc, sinks, others, text, image, rest, p, rho, least, free)
     return tl.where(chosen[:, None], moved, acc) / whole[:, None], chosen
 
 
+@triton.jit
+def _sum(p_part, at, mine):
+    """Return one number of a part [BM]."""
+    return tl.load(p_part + at, mask=mine, other=0.0, cache_modifier=".cg")
+
+
+@triton.jit
+def _row(p_part, at, o_d, mine):
+    """Return one row of a part [BM, DP]."""
+    p_row = p_part[:, None] + at + o_d[None, :]
+    return tl.load(p_row, mask=mine[:, None], other=0.0, cache_modifier=".cg")
+
+
 @triton.jit(
     do_not_specialize=[
         "first", "sm_b", "sm_h", "sm_n", "sc_b", "n_rows", "n_k", "n_codes", "per_split",
@@ -62,14 +81,15 @@ def _finished(total, acc, sinks, others, text, image, rest, p, rho, least, free)
     do_not_specialize_on_alignment=["Columns", "Flags", "Codes", "Heads", "Mask"],
 )  # fmt: skip
 def edited_rows_kernel(
-    Q, K, V, Out, Parts, Columns, Flags, Codes, Heads, Mask, first, strength, rho, least,
+    Q, K, V, Out, Parts, Counts, Columns, Flags, Codes, Heads, Mask, first, strength, rho, least,
     sq_b, sq_h, sq_n, sk_b, sk_h, sk_n, sv_b, sv_h, sv_n, so_b, so_h, so_n,
     sm_b, sm_h, sm_n, sc_b, n_rows, n_k, n_codes, per_split, n_splits, scale,
     MOVE: tl.constexpr, ALONE: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr,
     SPLIT: tl.constexpr, GROUP: tl.constexpr, SOME: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """Compute BM rows of a key head: into Out, or if SPLIT a part of their keys into Parts."""
+    """Compute BM rows of a key head; if SPLIT from a part of their keys, and the last merges."""
     i_m, i_kv, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_s = 0
     if SPLIT:
@@ -158,86 +178,63 @@ def edited_rows_kernel(
 
     if SPLIT:
         n_heads = tl.num_programs(1) * GROUP
-        part = ((i_b * n_rows + row) * n_heads + head) * n_splits + i_s
-        p_part = Parts + part.to(tl.int64) * (3 * DP + 8)
-        p_acc = p_part[:, None] + o_d[None, :]
+        part = ((i_b * n_rows + row) * n_heads + head) * n_splits
+        p_part = Parts + part.to(tl.int64) * (3 * DP + 8)  # of the first split
+        p_mine = p_part + i_s * (3 * DP + 8)
+        p_acc = p_mine[:, None] + o_d[None, :]
         tl.store(p_acc, acc, mask=valid[:, None])
-        tl.store(p_part + 3 * DP, m, mask=valid)
-        tl.store(p_part + 3 * DP + 1, total, mask=valid)
+        tl.store(p_mine + 3 * DP, m, mask=valid)
+        tl.store(p_mine + 3 * DP + 1, total, mask=valid)
         if MOVE:
             tl.store(p_acc + DP, sinks, mask=valid[:, None])
             tl.store(p_acc + 2 * DP, others, mask=valid[:, None])
-            tl.store(p_part + 3 * DP + 2, text, mask=valid)
-            tl.store(p_part + 3 * DP + 3, image, mask=valid)
-            tl.store(p_part + 3 * DP + 4, rest, mask=valid)
-    else:
-        stored = wanted
-        if MOVE:
-            b_o, chosen = _finished(
-                total, acc, sinks, others, text, image, rest, strength, rho, least, free
-            )
-            if not ALONE:  # the other rows and heads keep what is there, to the bit
-                stored = chosen
-        else:
-            b_o = acc / tl.where(total > 0.0, total, 1.0)[:, None]
-            if not ALONE:
-                stored = free
-        head_o = i_b.to(tl.int64) * so_b + head.to(tl.int64) * so_h + column.to(tl.int64) * so_n
-        p_o = Out + head_o[:, None] + o_d[None, :]
-        tl.store(p_o, b_o.to(Out.dtype.element_ty), mask=stored[:, None] & (o_d[None, :] < D))
+            tl.store(p_mine + 3 * DP + 2, text, mask=valid)
+            tl.store(p_mine + 3 * DP + 3, image, mask=valid)
+            tl.store(p_mine + 3 * DP + 4, rest, mask=valid)
+        tl.debug_barrier()  # all threads have written before the program says so
+        n_blocks = tl.num_programs(0) // n_splits
+        p_count = Counts + (i_b * tl.num_programs(1) + i_kv) * n_blocks + i_m
+        missing = n_splits - 1 - tl.atomic_add(p_count, 1, sem="acq_rel")
+        tl.store(p_count, 0, mask=missing == 0)  # for the next launch
+        last = row * 0 + missing == 0  # the same for all rows
+        wanted, free, mine = wanted & last, free & last, valid & last
+        m = tl.full([BM], float("-inf"), tl.float32)
+        total = tl.zeros([BM], tl.float32)
+        acc = tl.zeros([BM, DP], tl.float32)
+        text, image, rest = total, total, total
+        sinks, others = acc, acc
+        # in the order of the keys, so that the sums do not depend on who came last; past L1,
+        # which knows nothing of what other multiprocessors wrote
+        for _ in tl.range(0, tl.where(missing == 0, n_splits, 0), loop_unroll_factor=UNROLL):
+            m_p = tl.load(p_part + 3 * DP, mask=mine, other=float("-inf"), cache_modifier=".cg")
+            m_new = tl.maximum(m, m_p)
+            m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+            kept, new = tl.exp2(m - m_safe), tl.exp2(m_p - m_safe)
+            m = m_new
+            total = total * kept + new * _sum(p_part, 3 * DP + 1, mine)
+            acc = acc * kept[:, None] + new[:, None] * _row(p_part, 0, o_d, mine)
+            if MOVE:
+                text = text * kept + new * _sum(p_part, 3 * DP + 2, mine)
+                image = image * kept + new * _sum(p_part, 3 * DP + 3, mine)
+                rest = rest * kept + new * _sum(p_part, 3 * DP + 4, mine)
+                sinks = sinks * kept[:, None] + new[:, None] * _row(p_part, DP, o_d, mine)
+                others = others * kept[:, None] + new[:, None] * _row(p_part, 2 * DP, o_d, mine)
+            p_part += 3 * DP + 8
 
-
-@triton.jit(
-    do_not_specialize=["n_splits"],
-    do_not_specialize_on_alignment=["Columns", "Flags", "Heads"],
-)
-def merge_parts_kernel(
-    Parts, Out, Columns, Flags, Heads, strength, rho, least, so_b, so_h, so_n, n_splits,
-    MOVE: tl.constexpr, ALONE: tl.constexpr, SOME: tl.constexpr,
-    D: tl.constexpr, DP: tl.constexpr, BS: tl.constexpr,
-):  # fmt: skip
-    """Put the parts of one head's row together."""
-    i_h, i_r, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    n_rows = tl.num_programs(1)
-    o_s, o_d = tl.arange(0, BS), tl.arange(0, DP)
-    valid = o_s < n_splits
-    free = i_h >= 0
-    if SOME:
-        free = tl.load(Heads + i_h) != 0
-    if not ALONE:
-        free = free & (tl.load(Flags + i_b * n_rows + i_r) != 0)
-    part = ((i_b * n_rows + i_r) * tl.num_programs(0) + i_h) * n_splits + o_s
-    p_part = Parts + part.to(tl.int64) * (3 * DP + 8)
-    p_acc = p_part[:, None] + o_d[None, :]
-    m = tl.load(p_part + 3 * DP, mask=valid, other=float("-inf"))
-    top = tl.max(m, 0)
-    weight = tl.exp2(m - tl.where(top == float("-inf"), 0.0, top))
-    total = tl.sum(weight * tl.load(p_part + 3 * DP + 1, mask=valid, other=0.0), 0)
-    acc = tl.sum(weight[:, None] * tl.load(p_acc, mask=valid[:, None], other=0.0), 0)
+    stored = wanted
     if MOVE:
-        sinks = tl.sum(weight[:, None] * tl.load(p_acc + DP, mask=valid[:, None], other=0.0), 0)
-        others = tl.sum(
-            weight[:, None] * tl.load(p_acc + 2 * DP, mask=valid[:, None], other=0.0), 0
-        )
-        text = tl.sum(weight * tl.load(p_part + 3 * DP + 2, mask=valid, other=0.0), 0)
-        image = tl.sum(weight * tl.load(p_part + 3 * DP + 3, mask=valid, other=0.0), 0)
-        rest = tl.sum(weight * tl.load(p_part + 3 * DP + 4, mask=valid, other=0.0), 0)
-        one = tl.zeros([1], tl.float32)
         b_o, chosen = _finished(
-            one + total, acc[None, :], sinks[None, :], others[None, :],
-            one + text, one + image, one + rest, strength, rho, least, free,
-        )  # fmt: skip
-        b_o = tl.sum(b_o, 0)
-        stored = tl.max(chosen.to(tl.int32), 0) != 0
+            total, acc, sinks, others, text, image, rest, strength, rho, least, free
+        )
+        if not ALONE:  # the other rows and heads keep what is there, to the bit
+            stored = chosen
     else:
-        stored = free
-        b_o = acc / tl.where(total > 0.0, total, 1.0)
-    p_o = Out + i_b.to(tl.int64) * so_b + i_h.to(tl.int64) * so_h + o_d
-    end = D
-    if not ALONE:
-        end = tl.where(stored, D, 0)
-        p_o += tl.load(Columns + i_r).to(tl.int64) * so_n
-    tl.store(p_o, b_o.to(Out.dtype.element_ty), mask=o_d < end)
+        b_o = acc / tl.where(total > 0.0, total, 1.0)[:, None]
+        if not ALONE:
+            stored = free
+    head_o = i_b.to(tl.int64) * so_b + head.to(tl.int64) * so_h + column.to(tl.int64) * so_n
+    p_o = Out + head_o[:, None] + o_d[None, :]
+    tl.store(p_o, b_o.to(Out.dtype.element_ty), mask=stored[:, None] & (o_d[None, :] < D))
 
 
 INTERPRETED = not isinstance(edited_rows_kernel, triton.runtime.JITFunction)
@@ -248,7 +245,6 @@ def rows_call(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    steps: tuple[int, ...] | None,
     edit: Edit,
     rows: Rows | None,
     mask: Tensor | None,
@@ -261,8 +257,6 @@ def rows_call(
         q: [B, H, Nq, D].
         k: [B, Hkv, Nk, D].
         v: [B, Hkv, Nk, D].
-        steps: strides of the output's rows, heads and queries; None if it is contiguous in the
-            layout [B, Nq, H, D].
         edit: the edit.
         rows: the queries, None for a single one.
         mask: as of scaled_dot_product_attention.
@@ -271,16 +265,16 @@ def rows_call(
     """
     codes = edit.codes
     kind = (
-        q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), steps, q.dtype, k.dtype,
-        v.dtype, q.device, codes.shape, codes.stride(), edit.move, edit.heads is None, scale,
-        causal, None if rows is None else rows.columns.shape,
+        q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype,
+        q.device, codes.shape, codes.stride(), edit.move, edit.heads is None, scale, causal,
+        None if rows is None else rows.columns.shape,
         None if mask is None else (mask.dtype, mask.shape, mask.stride()),
     )  # fmt: skip
     found = _KNOWN.get(kind)
     if found is None and tensors_fit(q, k, v, mask):
         if len(_KNOWN) >= MOST_KNOWN:  # one more kind at each token
             _KNOWN.clear()
-        found = _KNOWN[kind] = RowsCall(q, k, v, steps, edit, rows, mask, scale, causal)
+        found = _KNOWN[kind] = RowsCall(q, k, v, edit, rows, mask, scale, causal)
     return found
 
 
@@ -299,71 +293,89 @@ def tensors_fit(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
 
 
 class RowsCall:
-    """The launches for tensors of certain shapes: made once for all layers of a model."""
+    """The launch for tensors of certain shapes: made once for all layers of a model."""
 
     def __init__(
-        self, q: Tensor, k: Tensor, v: Tensor, steps: tuple[int, ...] | None, edit: Edit,
-        rows: Rows | None, mask: Tensor | None, scale: float | None, causal: bool,
+        self, q: Tensor, k: Tensor, v: Tensor, edit: Edit, rows: Rows | None,
+        mask: Tensor | None, scale: float | None, causal: bool,
     ) -> None:  # fmt: skip
         batch, heads, n_q, width = q.shape
-        steps = (n_q * heads * width, width, heads * width) if steps is None else steps
+        steps = n_q * heads * width, width, heads * width
         scale = width**-0.5 if scale is None else scale
         n_kv, n_k = k.shape[1], k.shape[2]
         group, codes = heads // n_kv, edit.codes
         n_rows = 1 if rows is None else rows.columns.shape[0]
-        padded = max(16, triton.next_power_of_2(width))
+        padded = max(16, 1 << (width - 1).bit_length())
         block = 16 if n_rows * group <= 16 else MOST_ROWS
-        blocks = triton.cdiv(n_rows * group, block)
+        blocks = _parts(n_rows * group, block)
         splits = _splits(blocks * n_kv * batch, n_k, rows is not None)
-        per_split = 64 * triton.cdiv(n_k, 64 * splits) if splits > 1 else n_k
-        splits = triton.cdiv(n_k, per_split)
-        shape = (batch, n_rows, heads, splits, 3 * padded + 8)
-        self.parts = shape if splits > 1 else None
-        which = {"MOVE": edit.move, "ALONE": rows is None}
-        alike = {"SOME": edit.heads is not None, "D": width, "DP": padded}
+        per_split = 64 * _parts(n_k, 64 * splits) if splits > 1 else n_k
+        splits = _parts(n_k, per_split)
+        size = batch * n_rows * heads * splits * (3 * padded + 8)
+        self.parts, self.device = size if splits > 1 else 0, q.device
         kind = 0 if mask is None else 1 if mask.dtype == torch.bool else 2
-        types = (q.device, q.dtype, None if mask is None else mask.dtype)
+        types = (q.dtype, None if mask is None else mask.dtype)
         sizes = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *steps)
         step = 0 if codes.shape[0] == 1 else codes.stride(0)
         seen = (0, 0, 0) if mask is None else _steps(mask)
         self.attend = Launch(
             edited_rows_kernel,
             (blocks * splits, n_kv, batch),
-            types, 5, sizes,
+            q.device, types, 4, sizes,
             (
                 *seen, step, n_rows, n_k, codes.shape[1], per_split, splits,
                 scale * math.log2(math.e),
             ),
             {
-                **which, "CAUSAL": causal and n_q > 1, "MASK": kind, "SPLIT": splits > 1,
-                "GROUP": group, **alike, "BM": block, "BN": KEYS if padded <= 128 else 32,
+                "MOVE": edit.move, "ALONE": rows is None, "CAUSAL": causal and n_q > 1,
+                "MASK": kind, "SPLIT": splits > 1, "GROUP": group,
+                "SOME": edit.heads is not None, "D": width, "DP": padded,
+                "BM": block, "BN": KEYS if padded <= 128 else 32, "UNROLL": UNROLL,
             },
             {"num_warps": WARPS},
         )  # fmt: skip
-        if splits > 1:
-            self.merge = Launch(
-                merge_parts_kernel, (heads, n_rows, batch), types, 2, steps, (splits,),
-                {**which, **alike, "BS": triton.next_power_of_2(splits)},
-            )  # fmt: skip
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, edit: Edit, rows: Rows | None,
         mask: Tensor | None,
     ) -> None:  # fmt: skip
-        """Write the rows into `out`, of the layout that was said."""
+        """Write the rows into `out` [B, Nq, H, D], contiguous."""
         codes, columns, flags = edit.codes, edit.codes, edit.codes
         if rows is not None:
             columns, flags = rows
         # whole numbers would be constants of the compiled kernel
         numbers = edit.first, float(edit.strength), float(edit.rho), float(edit.least)
         heads = codes if edit.heads is None else edit.heads
-        last = (columns, flags, codes, heads, codes if mask is None else mask)
-        if self.parts is None:
-            self.attend((q, k, v, out, out, *last), *numbers)
-            return
-        parts = torch.empty(self.parts, dtype=torch.float32, device=q.device)
-        self.attend((q, k, v, out, parts, *last), *numbers)
-        self.merge((parts, out, columns, flags, heads), *numbers[1:])
+        parts, counts = (out, out) if not self.parts else _room(self.device, self.parts)
+        self.attend(
+            (
+                q, k, v, out, parts, counts, columns, flags, codes, heads,
+                codes if mask is None else mask,
+            ),
+            *numbers,
+        )  # fmt: skip
+
+
+_ROOM: dict[tuple[torch.device, int], tuple[Tensor, Tensor]] = {}
+
+
+def _room(device: torch.device, size: int) -> tuple[Tensor, Tensor]:
+    """Return room for the parts of a launch, and its programs' counts of those done, all 0.
+
+    Launches of one stream run one after another and leave the counts at 0, so they share it.
+    """
+    at = device, stream_of(device)
+    found = _ROOM.get(at)
+    if found is None or found[0].shape[0] < size:
+        parts = torch.empty(size, dtype=torch.float32, device=device)
+        counts = torch.zeros(MOST_IN_PROMPT, dtype=torch.int32, device=device)
+        found = _ROOM[at] = parts, counts
+    return found
+
+
+def _parts(total: int, most: int) -> int:
+    """Return into how many parts a total goes; Triton's own takes longer than all else here."""
+    return -(-total // most)
 
 
 def _splits(programs: int, n_k: int, prompt: bool) -> int:
@@ -371,7 +383,7 @@ def _splits(programs: int, n_k: int, prompt: bool) -> int:
     most, fewest = MOST_PROGRAMS, FEWEST_KEYS
     if prompt:
         most, fewest = MOST_IN_PROMPT, FEWEST_IN_PROMPT
-    return max(1, min(most // programs, n_k // fewest))
+    return max(1, min(most // programs, n_k // fewest, MOST_SPLITS))
 
 
 def _steps(mask: Tensor) -> list[int]:

@@ -19,23 +19,19 @@ within [0, 1]; conditional rows only.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from attnctl.errors import HostError
-from attnctl.processors.guidance.heads import head_indices
 from attnctl.processors.windowed import Windowed
 from attnctl.records import AttentionCall
 from attnctl.words.prompts import prompts_of
 
-from .placing import Placing, has_text, place, rows_of_mask
-from .token_maps import Key, Positions, TokenMaps
-from .token_mass import token_mass
+from .reading import Reader
+from .token_maps import TokenMaps
 
 if TYPE_CHECKING:
     from attnctl.hosts.run import Run
@@ -82,7 +78,7 @@ class HeatMap(Windowed):
         """Nobody takes the maps."""
         return self.sink is None or self.schedule.empty
 
-    def begin(self, run: Run, selection: Selection) -> TokenMaps:
+    def begin(self, run: Run, selection: Selection) -> Reader:
         """Find the words in the run's prompts and hand out the empty sums."""
         found = [prompt.find(self.words) for prompt in prompts_of(run)]
         names = tuple(word.text for word in found[0])
@@ -95,7 +91,7 @@ class HeatMap(Windowed):
         maps = TokenMaps(names, positions, self.each_head)
         assert self.sink is not None
         self.sink(maps)
-        return maps
+        return Reader(maps, self.role, self.name)
 
     def __str__(self) -> str:
         return super().__str__() if self.sink is None else str(replace(self, sink=None))
@@ -103,53 +99,5 @@ class HeatMap(Windowed):
     def attend(self, call: AttentionCall) -> Tensor:
         """Return the stock output, having read the maps of the selected rows."""
         out = call.proceed()
-        where = place(call, self.role, self.name) if has_text(call) else None
-        if where is not None:
-            with torch.no_grad():
-                self.read(call, where)
+        call.state.read(call)
         return out
-
-    def read(self, call: AttentionCall, where: Placing) -> None:
-        """Add the maps of some rows of a call to its state, a `TokenMaps`."""
-        rows, image, count = where.rows, where.image, where.rows.stop - where.rows.start
-        heads = head_indices(call)
-        site, kept = "", tuple[int, ...]()
-        if self.each_head:
-            site, kept = call.site.name, tuple(torch.where(call.heads)[0].tolist())
-        key = Key(where.grid, site, kept)
-        for start, stop, positions in _runs(call.state, where.first, count, where.samples):
-            part = call.take(slice(rows.start + start, rows.start + stop), heads)
-            mass = token_mass(
-                part.q[:, :, image],
-                part.repeat_kv(part.k),
-                _keys(call, positions, where.text),
-                rows_of_mask(part.mask, image),
-                part.scale,
-                each_head=self.each_head,
-            )
-            maps = 1 if self.each_head else part.q.shape[1]
-            call.state.add(key, where.samples, where.first + start, mass, maps)
-
-
-def _runs(
-    maps: TokenMaps, first: int, count: int, samples: int
-) -> Iterator[tuple[int, int, Positions]]:
-    """Yield (start, stop, positions) of neighbouring rows whose words have the same tokens."""
-    each = [maps.of(first + i, samples) for i in range(count)]
-    start = 0
-    for positions, group in itertools.groupby(each):
-        stop = start + len(list(group))
-        yield start, stop, positions
-        start = stop
-
-
-def _keys(call: AttentionCall, positions: Positions, text: slice) -> list[list[int]]:
-    """Return the words' positions counted over all keys."""
-    length = text.stop - text.start
-    last = max((p for word in positions for p in word), default=0)
-    if last >= length:
-        raise HostError(
-            f"{call.site}: a word has the token position {last}, but there are {length} text "
-            "tokens here, counted from 0"
-        )
-    return [[text.start + p for p in word] for word in positions]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -40,19 +41,41 @@ class TokenMaps:
         words: names of the words.
         positions: token positions by prompt and word.
         each_head: keep every head of every site apart.
-        sums: [samples, heads or 1, words, tokens] by key, float32.
-        counts: maps summed, [samples] by key.
+        sums: [samples, heads or parts, words, tokens] by key, float32: with `each_head` every
+            head's own, else parts of which the sum is meant.
+        tallies: maps summed, for each sample by key.
     """
 
     words: tuple[str, ...]
     positions: tuple[Positions, ...]
     each_head: bool = False
     sums: dict[Key, Tensor] = field(default_factory=dict)
-    counts: dict[Key, Tensor] = field(default_factory=dict)
+    tallies: dict[Key, list[int]] = field(default_factory=dict)
+
+    @property
+    def counts(self) -> dict[Key, Tensor]:
+        """Maps summed, float32 [samples] by key."""
+        return {
+            key: torch.tensor(tally, dtype=torch.float32) for key, tally in self.tallies.items()
+        }
 
     def of(self, sample: int, samples: int) -> Positions:
         """Return the positions of a sample's words; samples of one prompt follow each other."""
         return self.positions[sample * len(self.positions) // samples]
+
+    def begin(self, key: Key, shape: tuple[int, int], device: torch.device) -> Tensor:
+        """Return the sums of a key, zeros if there were none.
+
+        Args:
+            key: where to.
+            shape: samples of the run, and heads or parts.
+            device: where new sums are held.
+        """
+        if key not in self.sums:
+            size = (*shape, len(self.words), math.prod(key.grid))
+            self.sums[key] = torch.zeros(size, device=device)
+            self.tallies[key] = [0] * shape[0]
+        return self.sums[key]
 
     def add(self, key: Key, samples: int, first: int, mass: Tensor, maps: int) -> None:
         """Add maps of the samples from `first` on.
@@ -64,22 +87,21 @@ class TokenMaps:
             mass: [b, heads or 1, words, tokens], summed over `maps` maps.
             maps: how many maps each of them is the sum of.
         """
-        if key not in self.sums:
-            self.sums[key] = mass.new_zeros((samples, *mass.shape[1:]), dtype=torch.float32)
-            self.counts[key] = torch.zeros(samples)
-        at = slice(first, first + len(mass))
-        self.sums[key][at].add_(mass)
-        self.counts[key][at].add_(maps)
+        sums = self.begin(key, (samples, mass.shape[1]), mass.device)
+        sums[first : first + len(mass), : mass.shape[1]].add_(mass.to(sums.device))
+        for sample in range(first, first + len(mass)):
+            self.tallies[key][sample] += maps
 
     def means(self) -> dict[Key, Tensor]:
         """Return the mean maps [samples, heads or 1, words, frames, height, width]."""
-        return {
-            key: (total / self._divisor(key).to(total.device)).unflatten(-1, key.grid)
-            for key, total in self.sums.items()
-        }
+        return {key: self._mean(key).unflatten(-1, key.grid) for key in self.sums}
 
-    def _divisor(self, key: Key) -> Tensor:
-        return self.counts[key].clamp_min(1).view(-1, 1, 1, 1)
+    def _mean(self, key: Key) -> Tensor:
+        total = self.sums[key]
+        if not self.each_head:
+            total = total.sum(1, keepdim=True)
+        count = self.counts[key].clamp_min(1).view(-1, 1, 1, 1)
+        return total / count.to(total.device)
 
 
 def common(runs: Sequence[TokenMaps], size: tuple[int, int] | None = None) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from attnctl.kernels.lse.reference import logit_chunks
 
-__all__ = ["token_mass"]
+__all__ = ["columns_of", "token_mass"]
 
 _CHUNK_ELEMENTS = 1 << 22
 """Largest number of logits held at once: 16 MB."""
@@ -54,7 +54,7 @@ def token_mass(
         shares = _attention(q, k, _values(chosen, k.shape[2], q.dtype, q.device), scale)
         shares = shares.float() if each_head else shares.sum(1, keepdim=True, dtype=torch.float32)
         return shares[..., : len(chosen)].transpose(-1, -2)
-    columns, members = _columns(chosen, q.device)
+    columns, members = columns_of(chosen, q.device)
     parts = []
     for logits in logit_chunks(q, k, mask, scale, most):
         mass = logits.softmax(-1)[..., columns]
@@ -67,7 +67,7 @@ def token_mass(
 
 
 @functools.lru_cache(maxsize=256)
-def _columns(groups: tuple[tuple[int, ...], ...], device: torch.device) -> tuple[Tensor, Tensor]:
+def columns_of(groups: tuple[tuple[int, ...], ...], device: torch.device) -> tuple[Tensor, Tensor]:
     """Return all groups' keys [T], and which group each belongs to as 0 and 1 [T, W].
 
     Copied to the device once: a copy per attention call would wait for the GPU each time.

@@ -27,8 +27,7 @@ from attnctl.records import AttentionCall
 from attnctl.words.prompts import prompts_of
 
 from .affinity import carried, labelled, minmax, sharpened
-from .heatmap import HeatMap
-from .placing import has_text, place
+from .reading import Reader
 from .token_maps import TokenMaps, common
 
 if TYPE_CHECKING:
@@ -41,8 +40,6 @@ BACKGROUND = "background"
 SELF_SIDE, TEXT_SIDE = 32, 16
 """Self-attention and attention to text are taken from the finest grid whose sides do not exceed
 these, as published for pictures of 512 pixels."""
-
-_MAPS = HeatMap()
 
 Grid = tuple[int, int, int]
 
@@ -89,13 +86,13 @@ class Read:
 
     Args:
         words: names of the words.
-        tokens: the state of the map reader inside.
+        reader: reads the tokens' maps.
         owners: by prompt, how many tokens each word has, in order.
         sites: (queries, keys, scale) of self-attention by grid.
     """
 
     words: tuple[str, ...]
-    tokens: TokenMaps
+    reader: Reader
     owners: list[list[int]]
     sites: dict[Grid, list[tuple[Tensor, Tensor, float | None]]] = field(default_factory=dict)
 
@@ -151,7 +148,8 @@ class MaskReader(Control):
             raise HostError("the prompts of this batch have different words; run them one by one")
         most = max(map(len, positions))
         padded = tuple(one + ((),) * (most - len(one)) for one in positions)
-        read = Read(names[0], TokenMaps(tuple(map(str, range(most))), padded), owners)
+        maps = TokenMaps(tuple(map(str, range(most))), padded)
+        read = Read(names[0], Reader(maps, "cond", self.name), owners)
         self.sink(read)
         return read
 
@@ -162,11 +160,8 @@ class MaskReader(Control):
         if rows is None or call.step.index != int(self.at * call.step.count):
             return out
         with torch.no_grad():
-            where = None
-            if call.site.kind != "self" and has_text(call):
-                where = place(call, "cond", self.name)
-            if where is not None:
-                _MAPS.read(call.seen_by(call.heads, read.tokens, call.role), where)
+            if call.site.kind != "self":
+                read.reader.read(call)
             if call.site.kind != "cross":
                 self._keep(call, rows, read)
         return out
@@ -225,7 +220,7 @@ def masks(
     with patch(pipe, MaskReader(words, background, found.append, heads, at)) as handle:
         out = pipe(prompt=prompt, **call)[0]
         report = handle.report()
-    read = next((one for one in found if one.sites and one.tokens.sums), None)
+    read = next((one for one in found if one.sites and one.reader.maps.sums), None)
     if read is None:
         raise HostError(
             "masks need self-attention and attention to text, or joint attention, at the step "
@@ -241,9 +236,10 @@ def masks(
 def _soft(read: Read, power: int) -> Tensor:
     """Return M [samples, words, frames, height, width]."""
     grid = _grid(list(read.sites), SELF_SIDE)
-    text = _grid([key.grid for key in read.tokens.sums], TEXT_SIDE)
-    chosen = {key: value for key, value in read.tokens.sums.items() if key.grid == text}
-    tokens = common([replace(read.tokens, sums=chosen)])  # [samples, tokens, f, h, w]
+    summed = read.reader.maps
+    text = _grid([key.grid for key in summed.sums], TEXT_SIDE)
+    chosen = {key: value for key, value in summed.sums.items() if key.grid == text}
+    tokens = common([replace(summed, sums=chosen)])  # [samples, tokens, f, h, w]
     samples = len(tokens)
     each = []
     for sample in range(samples):

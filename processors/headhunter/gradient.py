@@ -1,14 +1,17 @@
-"""Successive halving by slopes at random sets: every picture tells something of every head.
+"""Search by slopes: every picture tells something of every head.
 
-The stages are those of `halving`: pictures are short, each is drawn with a random set of heads
-as large as the one that is sought, and the worse half of the heads drops out. Here each picture
-is differentiated through all of its steps, denoiser, scheduler and autoencoder, and one backward
-gives the slope of the objective with respect to the strength u of every head: of those in the
-set at their full strength, of the others beside them. So harm that heads do at full strength
-shows, as it does not in slopes at u = 0.
+Short pictures are drawn with a set of heads each, as large as the one that is sought, and
+differentiated through all of their steps, denoiser, scheduler and autoencoder: one backward
+gives the slope of the objective with respect to the strength u of every head, of those in the
+set at their full strength and of the others beside them.
+
+What switching a head on gains is the integral of its slope over u. Seen are its two ends, u = 1
+inside of a set and u = 0 outside, and their mean is the trapezoidal rule; so harm that heads do
+at full strength shows, as it does not in slopes at u = 0. Heads are not inside equally often,
+so the slope is regressed on being inside and read off halfway.
 
 A picture that is about to fall apart has slopes many times as steep as the others', and would
-decide alone; so the rows of a stage are shortened to the median length, which is also their
+decide alone; so the rows of a turn are shortened to the median length, which is also their
 unit: guidance by better sets flattens all slopes.
 
 This is ours, not the paper's.
@@ -16,25 +19,24 @@ This is ours, not the paper's.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from .halving import FEWEST_STEPS, Stage, in_turn, random_sets
 from .headset import Head, Round
-from .rank import Report, best, rounded, told
+from .rank import Report, best, told
+from .thompson import thompson
 
-__all__ = ["Slopes", "brief", "gradient", "shortened"]
+__all__ = ["Slopes", "gradient", "halfway", "shortened"]
 
 Slopes = Callable[[Sequence[tuple[Head, ...]], Sequence[int]], Tensor]
 """`slopes(sets, pictures) -> [n, P]`: set i on picture i, see `Trials.slopes`."""
 
-
-def brief(steps: int) -> int:
-    """Return the steps of a picture: a third of the full ones, but not fewer than six."""
-    return min(steps, max(FEWEST_STEPS, steps // 3))
+TURNS = 8
+STRAIGHT = 3.0
+"""Weight of the assumption that a slope is the same inside as outside: the ridge of the
+regression, as heavy as 12 pictures with the head inside of half of them."""
 
 
 def gradient(
@@ -45,7 +47,7 @@ def gradient(
     report: Report,
     *,
     every: Sequence[Head],
-    plan: Sequence[Stage],
+    count: int,
     pictures: int,
 ) -> list[Round]:
     """Search by slopes; all heads are found together and told in rounds, the best first.
@@ -57,21 +59,37 @@ def gradient(
         top_k: k.
         report: called for every round.
         every: the heads in the order of the slopes' columns.
-        plan: the stages.
+        count: pictures to draw.
         pictures: different pictures.
     """
-    source = random.Random(0)
     columns = [every.index(head) for head in pool]
-    left, seen, scores = list(pool), [], dict.fromkeys(pool, 0.0)
-    for stage, after in zip(plan, [*plan[1:], None], strict=True):
-        sets = random_sets(left, stage.size, stage.pictures, source)
-        drawn = in_turn(pictures, stage.pictures, source)
-        seen.append(shortened(slopes(sets, drawn)[:, columns]))
-        scores = dict(zip(pool, map(rounded, torch.cat(seen).mean(0).tolist()), strict=True))
-        found = {head: scores[head] for head in left}
-        left = sorted(best(found, rounds * top_k if after is None else after.heads))
-    order = best({head: scores[head] for head in left}, rounds * top_k)
-    return told(order, scores, rounds, top_k, report)
+
+    def look(sets: Sequence[tuple[Head, ...]], drawn: Sequence[int]) -> Tensor:
+        return shortened(slopes(sets, drawn)[:, columns])
+
+    keep, sizes = rounds * top_k, [len(pool)] * TURNS
+    scores = thompson(look, halfway, pool, keep, sizes, count, pictures)
+    return told(best(scores, keep), scores, rounds, top_k, report)
+
+
+def halfway(inside: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor]:
+    """Return each head's slope halfway between outside and inside, and its standard error.
+
+    Args:
+        inside: [n, P], 1 where a head was in the set.
+        slopes: [n, P].
+
+    Returns:
+        [P] float64, and the errors as a diagonal [P, P].
+    """
+    x = inside - 0.5
+    middle, mean = x.mean(0), slopes.mean(0)
+    x, y = x - middle, slopes - mean
+    weight = x.square().sum(0) + STRAIGHT
+    bend = (x * y).sum(0) / weight
+    rest = (y - bend * x).square().mean(0)
+    error = (rest * (1 / len(x) + middle.square() / weight)).sqrt()
+    return mean - bend * middle, error.diag()
 
 
 def shortened(slopes: Tensor) -> Tensor:

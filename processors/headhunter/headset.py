@@ -35,8 +35,8 @@ class Round:
     Args:
         chosen: the heads it added, best first.
         scores: for each head tried last. Greedy: mean objective of "the heads so far and this
-            one". Halving: its part in the gain. Gradient: its mean slope, in units of the length
-            of all heads' slopes.
+            one". Halving: its part in the gain. Gradient: its slope halfway between outside and
+            inside of the set, in units of the length of all heads' slopes.
     """
 
     chosen: tuple[Head, ...]

@@ -21,14 +21,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from torch import Tensor
+
 from attnctl.errors import OptionError
 from attnctl.processors.guidance.perturbed import PerturbedGuidance
 from attnctl.processors.guidance.softpag import SoftPAG
 
 from .crew import Crew
-from .gradient import brief, gradient
+from .gradient import gradient
 from .greedy import greedy
-from .halving import Stage, halving, short, stages
+from .halving import brief, halving
 from .headset import Head, HeadSet, Round, site_table_hash
 from .journal import Journal
 from .objective import Objective, objective
@@ -69,8 +71,8 @@ class HeadHunter:
         objective: a name (see `attnctl.processors.headhunter.objective`), a function
             `f(images, prompts) -> scores`, or an `Objective`.
         guidance: the perturbation, its strength u and its scale.
-        strategy: "greedy" is the paper's; "halving" draws short pictures with random sets of
-            heads and drops the worse half; "gradient" does that by slopes through the runs.
+        strategy: "greedy" is the paper's; "halving" draws short pictures with sets of heads,
+            every turn among fewer; "gradient" takes slopes through such runs.
         rounds: R.
         top_k: k, heads added per round.
         pool: selector of the heads that may be chosen.
@@ -119,23 +121,19 @@ class HeadHunter:
         if self.strategy == "greedy":
             cost = full
         elif self.strategy == "halving":
-            count = pictures + sum(stage.pictures for stage in self._stages(trials))
-            cost = count * short(trials.steps) * trials.passes
+            cost = (pictures + self._count(trials)) * brief(trials.steps) * trials.passes
         else:
-            count = sum(stage.pictures for stage in self._stages(trials))
-            cost = count * brief(trials.steps) * trials.slope_passes
+            cost = self._count(trials) * brief(trials.steps) * trials.slope_passes
         return Plan(len(pool), pictures, cost, full)
 
-    def _stages(self, trials: Trials) -> list[Stage]:
-        """The stages of gradient or halving that the budget allows."""
-        heads, keep = len(self._pool(trials)), self.rounds * self.top_k
+    def _count(self, trials: Trials) -> int:
+        """The pictures with head sets that the budget allows gradient or halving."""
+        heads = len(self._pool(trials))
         sizes = sum(heads - r * self.top_k for r in range(self.rounds))
         allowed = int(self.budget * sizes * len(trials.prompts) * trials.steps) * trials.passes
         if self.strategy == "gradient":
-            pictures = allowed // (brief(trials.steps) * trials.slope_passes)
-        else:
-            pictures = allowed // (short(trials.steps) * trials.passes) - len(trials.prompts)
-        return stages(heads, keep, pictures)
+            return max(1, allowed // (brief(trials.steps) * trials.slope_passes))
+        return max(1, allowed // (brief(trials.steps) * trials.passes) - len(trials.prompts))
 
     def _pool(self, trials: Trials) -> list[Head]:
         selection = trials.sites.select(self.pool, self.guidance.kinds)
@@ -207,15 +205,14 @@ class HeadHunter:
         common = (pool, self.rounds, self.top_k, lambda found: None)
         if self.strategy == "greedy":
             return greedy(trials.score, *common)
-        plan, pictures = self._stages(trials), len(trials.prompts)
+        count, pictures, steps = self._count(trials), len(trials.prompts), brief(trials.steps)
         if self.strategy == "halving":
-            steps = short(trials.steps)
-            return halving(trials.each, *common, plan=plan, pictures=pictures, steps=steps)
-        steps = brief(trials.steps)
-        return gradient(
-            lambda sets, drawn: trials.slopes(sets, drawn, steps),
-            *common, every=trials.pool, plan=plan, pictures=pictures,
-        )  # fmt: skip
+            return halving(trials.each, *common, count=count, pictures=pictures, steps=steps)
+
+        def slopes(sets: Sequence[tuple[Head, ...]], drawn: Sequence[int]) -> Tensor:
+            return trials.slopes(sets, drawn, steps)
+
+        return gradient(slopes, *common, every=trials.pool, count=count, pictures=pictures)
 
     def _trials(
         self,

@@ -20,7 +20,6 @@ term in [1/2, 1], since the denominators are sums.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -33,27 +32,35 @@ from attnctl.control import register
 from attnctl.errors import OptionError
 
 from .engine import LatentControl, Maps
-from .maps import smoothed
 
 __all__ = ["AStar", "overlap", "peak_mask", "retention", "segregation"]
 
 
 def overlap(a: Tensor, b: Tensor) -> Tensor:
-    """Return sum min(a, b) / sum (a + b), in [0, 1/2] for values of 0 and above."""
-    total = (a + b).sum()
-    return torch.minimum(a, b).sum() / total.clamp_min(torch.finfo(total.dtype).tiny)
+    """Return sum min(a, b) / sum (a + b), in [0, 1/2] for values of 0 and above.
+
+    Args:
+        a: maps [K, ...].
+        b: the same shape.
+
+    Returns:
+        [K]; the sums leave out the first dimension.
+    """
+    total = (a + b).flatten(1).sum(1)
+    shared = torch.minimum(a, b).flatten(1).sum(1)
+    return shared / total.clamp_min(torch.finfo(total.dtype).tiny)
 
 
 def segregation(maps: Tensor) -> Tensor:
     """Return L_seg of maps [K, ...]: the overlaps of all pairs, summed."""
-    pairs = itertools.combinations(range(len(maps)), 2)
-    return torch.stack([overlap(maps[m], maps[n]) for m, n in pairs]).sum()
+    # all pairs m, m + d at once: a step waits for every operation that is launched
+    apart = [overlap(maps[:-d], maps[d:]) for d in range(1, len(maps))]
+    return (torch.cat(apart) if len(apart) > 1 else apart[0]).sum()
 
 
 def retention(maps: Tensor, masks: Tensor) -> Tensor:
     """Return L_ret of maps [K, ...] with values up to 1, against constant masks [K, ...]."""
-    kept = [overlap(a, b) for a, b in zip(maps, masks.detach(), strict=True)]
-    return (1 - torch.stack(kept)).sum()
+    return (1 - overlap(maps, masks.detach())).sum()
 
 
 def peak_mask(maps: Tensor, level: float = 0.5) -> Tensor:
@@ -109,18 +116,16 @@ class AStar(LatentControl):
 
     def loss(self, maps: Maps, memory: dict[str, Any]) -> Tensor:
         """Return the weighted sum of L_seg and L_ret."""
-        a = smoothed(maps.objects(maps.sharp()))
-        total = a.new_zeros(())
-        if self.segregate:
-            total = total + self.segregate * segregation(a)
+        a = maps.smooth
+        terms = [self.segregate * segregation(a)] if self.segregate else []
         masks = memory.get("masks") if self.layout is None else _masks(self.layout, a)
         if self.retain and masks is not None:
-            total = total + self.retain * retention(a / _peaks(a), masks)
-        return total
+            terms.append(self.retain * retention(a / _peaks(a), masks))
+        return sum(terms[1:], terms[0]) if terms else a.new_zeros(())
 
     def remember(self, maps: Maps, memory: dict[str, Any]) -> None:
         """Keep where the objects are."""
-        memory["masks"] = peak_mask(smoothed(maps.objects(maps.sharp())), self.level)
+        memory["masks"] = peak_mask(maps.smooth.detach(), self.level)
 
 
 def _masks(layout: Any, maps: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ References:
 
 Deviations: latents are scaled as the scheduler asks before the gradient pass, which diffusers
 leaves out (the same for DDIM, PNDM and DDPM); no gradient pass where nothing is moved; a word of
-several tokens has one map, their mean; a batch is one pass.
+several tokens has one map, their mean; samples of a batch share gradient passes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from torch import Tensor
 from attnctl.control import register
 
 from .engine import LatentControl, Maps
-from .maps import smoothed
 
 __all__ = ["AttendAndExcite", "excite"]
 
@@ -56,4 +55,4 @@ class AttendAndExcite(LatentControl):
 
     def loss(self, maps: Maps, memory: dict[str, Any]) -> Tensor:
         """Return how far the weakest peak is from 1."""
-        return excite(smoothed(maps.objects(maps.sharp())))
+        return excite(maps.smooth)

@@ -101,7 +101,7 @@ class DivideAndBind(LatentControl):
 
     def shortfall(self, maps: Maps, loss: Tensor) -> Tensor:
         """Return how far the weakest peak is from 1, which refinement asks for."""
-        return excite(smoothed(maps.objects(maps.sharp())))
+        return excite(maps.smooth)
 
 
 def _growth(step: Step) -> float:

@@ -27,6 +27,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import torch
@@ -34,10 +35,12 @@ from torch import Tensor
 
 from attnctl.errors import AttnctlWarning, ControlConflict, HostError, OptionError
 from attnctl.processors.windowed import Windowed
-from attnctl.records import AttentionCall, ForwardCall, Step
+from attnctl.records import AttentionCall, ForwardCall, Rows, Step
 from attnctl.words.prompts import prompts_of
 
-from .maps import Grid, Seen, image_rows, of_sample, seen, sharpened, text_maps
+from . import recorded
+from .maps import Grid, Seen, image_rows, of_sample, seen, sharpened, smoothed, text_maps
+from .recorded import Recorder
 from .targets import Positions, Target, content_of, targets_of
 
 if TYPE_CHECKING:
@@ -84,15 +87,23 @@ class Maps:
         before, after = ends.expand(first, -1, -1, -1), ends.expand(self.drop[1], -1, -1, -1)
         return torch.cat([before, inner, after])
 
+    @cached_property
+    def smooth(self) -> Tensor:
+        """The objects' maps [K, frames, height, width] of Attend-and-Excite: sharp, blurred."""
+        return smoothed(self.objects(self.sharp()))
+
     def objects(self, maps: Tensor) -> Tensor:
         """Return one map an object [K, frames, height, width], the mean over its tokens."""
         return torch.stack(
-            [maps[list(t.noun if self.noun_only else t.tokens)].mean(0) for t in self.targets]
+            [self.word(maps, t.noun if self.noun_only else t.tokens) for t in self.targets]
         )
 
     def word(self, maps: Tensor, positions: Positions) -> Tensor:
         """Return the map of a word [frames, height, width], the mean over its pieces."""
-        return maps[list(positions)].mean(0)
+        # not by a list: its copy to the device waits for the device, its gradient is a sort
+        if len(positions) == 1:
+            return maps[positions[0]]
+        return torch.stack([maps[p] for p in positions]).mean(0)
 
     def rows(self, places: Tensor) -> Tensor:
         """Return what image tokens attend to in the image [K, frames, height, width].
@@ -122,7 +133,10 @@ class State:
         content: tokens of all words by prompt, () where they are not known.
         step: step whose latents have been moved.
         sites: the sites whose maps are used; None until the first gradient pass.
-        ends_early: whether the pass under way ends after the last of them.
+        noted: of each site the last primitive call with keys that are used: a site may make
+            several calls in a forward, not all of them about text.
+        ends: site and primitive call that a pass of so many samples needs last.
+        ends_at: those at which the pass under way ends; None to run to the model's end.
         may_end: whether passes may, found out once: the walk through thousands of modules takes
             milliseconds, as many as some steps do.
         weights: the denoiser's, listed once for the same reason.
@@ -132,13 +146,17 @@ class State:
         memory: what each sample's loss keeps from step to step.
         skipped: (step, sample) whose gradient was not finite.
         account: what the report says about the run.
+        passes: gradient passes so far.
+        recorded: those that are replayed.
     """
 
     targets: list[tuple[Target, ...]]
     content: list[Positions]
     step: int = -1
     sites: tuple[int, ...] | None = None
-    ends_early: bool = False
+    noted: dict[int, int] = field(default_factory=dict)
+    ends: dict[int, tuple[int, int]] = field(default_factory=dict)
+    ends_at: tuple[int, int] | None = None
     may_end: bool | None = None
     weights: list[Tensor] | None = None
     seen: dict[int, list[Seen]] = field(default_factory=dict)
@@ -148,6 +166,8 @@ class State:
     loss_scale: float = _HALF_SCALE
     skipped: list[tuple[int, int]] = field(default_factory=list)
     account: Any = None
+    passes: int = 0
+    recorded: Recorder = field(default_factory=Recorder)
 
     def of(self, each: Sequence[T], sample: int, samples: int) -> T:
         """Return what a sample's prompt has; the samples of one prompt follow each other."""
@@ -182,6 +202,11 @@ class LatentControl(Windowed):
         reach: 1 - the loss that is low enough, at each of `refine_at`.
         updates: at most so many repetitions; 0 for no refinement.
         checkpoint: gradient checkpointing: less memory, one more forward.
+        at_once: at most so many samples in one gradient pass: fewer take less memory, more take
+            less time where the GPU waits for Python. All of them where another control acts on
+            every row of the pass, which may be about samples together.
+        replay: on CUDA, record the gradient pass as CUDA graphs and replay it from then on,
+            without Python; not where other controls act in it, or hooks have work to do.
     """
 
     words: Any | None = None
@@ -198,6 +223,8 @@ class LatentControl(Windowed):
     reach: tuple[float, float, float] = (0.05, 0.5, 0.8)
     updates: int = 0
     checkpoint: bool = False
+    at_once: int = 2
+    replay: bool = False
 
     kinds: ClassVar[tuple[str, ...]] = ("cross", "joint")
     own_rows_only: ClassVar[bool] = True
@@ -221,6 +248,13 @@ class LatentControl(Windowed):
             raise OptionError(f"{self.name}: shrink={self.shrink} must be above 0")
         if self.updates < 0:
             raise OptionError(f"{self.name}: updates={self.updates} must be 0 or above")
+        if self.at_once < 1:
+            raise OptionError(f"{self.name}: at_once={self.at_once} must be 1 or above")
+        if self.replay and self.checkpoint:
+            raise OptionError(
+                f"{self.name}: a checkpointed pass cannot be recorded: give replay=True or "
+                "checkpoint=True"
+            )
         if self.tokens not in ("noun", "phrase"):
             raise OptionError(f"{self.name}: tokens={self.tokens!r} is not one of noun, phrase")
         for name in ("refine_at", "reach"):
@@ -287,10 +321,10 @@ class LatentControl(Windowed):
         state: State = call.state
         index, kind, known = call.site.index, call.site.kind, state.sites is not None
         if kind != "self" and (not known or index in (state.sites or ())):
-            _note(state.seen, index, seen(call))
+            _note(state, state.seen, call, seen(call))
         if self.image_rows and kind != "cross" and (not known or index in state.image_sites):
-            _note(state.image, index, seen(call, "image"))
-        if state.ends_early and state.sites and index == state.sites[-1]:
+            _note(state, state.image, call, seen(call, "image"))
+        if state.ends_at == (index, call.index):
             raise _Enough
         return call.proceed()
 
@@ -315,7 +349,10 @@ class LatentControl(Windowed):
         return call.proceed() if moved is None else call.move_latents(moved).proceed()
 
     def account(self, state: State, steps: tuple[int, ...], sites: Sites) -> Any:
-        """Return what a subclass noted of the run."""
+        """Return what a subclass noted of the run, else what became of `replay`."""
+        state.recorded.forget()
+        if state.account is None and self.replay:
+            return Passes(state.passes, state.recorded.replayed)
         return state.account
 
     # -- one step ----------------------------------------------------------------------------
@@ -328,8 +365,17 @@ class LatentControl(Windowed):
             alone = call.only("cond", call.role)
             alone = replace(alone, inputs=_ordinary(alone.inputs), rest=())
             first = alone.latents.detach().float()
-            end = self._descend(Pass(self, alone, state), first)
+            end = self._move(Pass(self, alone, state, samples=len(first)), first)
         return None if torch.equal(end, first) else end
+
+    def _move(self, run: Pass, x: Tensor) -> Tensor:
+        """Return the latents after this step's updates, so many samples at a time."""
+        size = self.at_once if run.alone else len(x)
+        ends = [
+            self._descend(run.part(start, start + size), x[start : start + size])
+            for start in range(0, len(x), size)
+        ]
+        return ends[0] if len(ends) == 1 else torch.cat(ends)
 
     def _descend(self, run: Pass, x: Tensor) -> Tensor:
         size = self.step_size(run.call.step)
@@ -345,8 +391,8 @@ class LatentControl(Windowed):
                 look = run.look(x)
                 going = going & ~met  # the one that met the target is moved once more
         x = run.update(look, size, None)
-        for i, maps in enumerate(look.maps):
-            self.remember(maps, run.state.memory.setdefault(i, {}))
+        for maps in look.maps:
+            self.remember(maps, run.state.memory.setdefault(maps.sample, {}))
         return x
 
     def step_size(self, step: Step) -> float:
@@ -364,9 +410,12 @@ class LatentControl(Windowed):
         return None
 
 
-def _note(into: dict[int, list[Seen]], index: int, found: Seen | None) -> None:
+def _note(
+    state: State, into: dict[int, list[Seen]], call: AttentionCall, found: Seen | None
+) -> None:
     if found is not None:
-        into.setdefault(index, []).append(found)
+        into.setdefault(call.site.index, []).append(found)
+        state.noted[call.site.index] = call.index
 
 
 @dataclass(frozen=True)
@@ -381,12 +430,48 @@ class Look:
 
 
 @dataclass(frozen=True)
+class Passes:
+    """How many gradient passes a run took, and how many of them were replayed."""
+
+    all: int
+    replayed: int
+
+    def __str__(self) -> str:
+        return f"{self.replayed} of {self.all} gradient passes were replayed"
+
+
+@dataclass(frozen=True)
 class Pass:
-    """Gradient passes of one step."""
+    """Gradient passes of one step.
+
+    Args:
+        control: whose passes they are.
+        call: the conditional rows of some samples.
+        state: of the run.
+        first: number of the first of these samples.
+        samples: how many the run has.
+    """
 
     control: LatentControl
     call: ForwardCall
     state: State
+    first: int = 0
+    samples: int = 1
+
+    @cached_property
+    def alone(self) -> bool:
+        """Whether no other control acts in these passes."""
+        others = (e for e in self.call.stack if e.control is not self.control)
+        return not any(e.attends and not e.control.own_rows_only for e in others)
+
+    def part(self, start: int, stop: int) -> Pass:
+        """Return the passes of some of these samples."""
+        call, stop = self.call, min(stop, self.call.rows.n)
+        if stop - start == call.rows.n:
+            return self
+        inputs = call.take_inputs(call.inputs, call.rows, slice(start, stop))
+        call = replace(call, inputs=inputs, rows=Rows(call.rows.groups, stop - start))
+        return replace(self, call=call, first=self.first + start)
 
     def look(self, x: Tensor, loss: Callable[[Maps], Tensor] | None = None) -> Look:
         """Run the model with gradients and return the losses: the control's, or others."""
@@ -394,8 +479,8 @@ class Pass:
         maps = self._all_maps(leaf)
         memory, control = self.state.memory, self.control
         losses = [
-            control.loss(m, memory.setdefault(i, {})) if loss is None else loss(m)
-            for i, m in enumerate(maps)
+            control.loss(m, memory.setdefault(m.sample, {})) if loss is None else loss(m)
+            for m in maps
         ]
         short = refining = losses
         if control.target(self.call.step) is not None:
@@ -407,24 +492,39 @@ class Pass:
     def _all_maps(self, x: Tensor) -> list[Maps]:
         """Run the model, and return what it shows of each sample."""
         state = self.state
-        state.seen.clear()
-        state.image.clear()
-        self._run(self.call.with_latents(x))
-        self._choose_sites(x)
-        assert state.sites is not None
-        text = text_maps([state.seen[index] for index in state.sites], len(x))
+        state.passes += 1
+        if len(x) in state.ends and state.may_end is None:
+            state.may_end = _may_end(self.call)
+        state.ends_at = state.ends.get(len(x)) if state.may_end else None
+        if self._replays(x):
+            text = state.recorded.run(self._text_maps, x, self.call.inputs)
+        else:
+            text = self._text_maps(x, self.call.inputs)
         maps = [self._maps(text, i, len(x)) for i in range(len(x))]
-        state.seen.clear()
         state.image.clear()
         return maps
 
-    def _run(self, call: ForwardCall) -> None:
+    def _replays(self, x: Tensor) -> bool:
+        """Whether the pass is one that can be replayed: a part of it that is always the same."""
         state = self.state
-        if state.sites is not None and state.may_end is None:
-            state.may_end = _may_end(call)
-        state.ends_early = bool(state.may_end)
+        fixed = self.control.replay and state.ends_at is not None and self.alone
+        return fixed and not state.image_sites and recorded.possible(x)
+
+    def _text_maps(self, x: Tensor, inputs: dict[str, Any]) -> Tensor:
+        """Run the model and return the maps of the text tokens; see `maps.text_maps`."""
+        state = self.state
+        state.seen.clear()
+        state.image.clear()
+        call = replace(self.call, inputs=inputs).with_latents(x)
         with contextlib.suppress(_Enough):
             call.base(call)
+        self._choose_sites(x)
+        assert state.sites is not None
+        last = state.sites[-1]
+        state.ends[len(x)] = last, state.noted[last]
+        text = text_maps([state.seen[index] for index in state.sites], len(x))
+        state.seen.clear()
+        return text
 
     def _choose_sites(self, x: Tensor) -> None:
         """Settle, after the first pass, which sites have the grid that is wanted."""
@@ -447,19 +547,20 @@ class Pass:
     def _maps(self, text: Tensor, sample: int, samples: int) -> Maps:
         control = self.control
         state = self.state
-        targets = control.choose(state.of(state.targets, sample, samples), text.shape[1])
+        number = self.first + sample
+        targets = control.choose(state.of(state.targets, number, self.samples), text.shape[1])
         last = max(p for target in targets for p in target.tokens)
         if last >= text.shape[1]:
             raise HostError(
                 f"{control.name}: a word has the token position {last}, but there are "
                 f"{text.shape[1]} text tokens here, counted from 0"
             )
-        content = state.of(state.content, sample, samples)
+        content = state.of(state.content, number, self.samples)
         content = content or tuple(sorted({p for t in targets for p in t.tokens}))
         image = [of_sample(state.image[i], sample, samples) for i in state.image_sites]
         return Maps(
             text[sample], targets, self.call.step, content, control.tokens == "noun",
-            control.drop, sample, tuple(image),
+            control.drop, number, tuple(image),
         )  # fmt: skip
 
     def update(self, look: Look, size: float, going: Tensor | None) -> Tensor:
@@ -498,7 +599,7 @@ class Pass:
         """Report samples without a finite gradient, and be more careful from now on."""
         state, step = self.state, self.call.step.index
         state.loss_scale = max(1.0, state.loss_scale / 16)
-        bad = (~finite).nonzero().flatten().tolist()
+        bad = [self.first + i for i in (~finite).nonzero().flatten().tolist()]
         if not state.skipped:
             warnings.warn(
                 f"{self.control.name}: the gradient of sample {bad[0]} at step {step} is not "
@@ -574,11 +675,17 @@ def _may_end(call: ForwardCall) -> bool:
     model = call.model
     if getattr(model, "is_gradient_checkpointing", False):
         return False
-    hooked = ("_hf_hook", "_diffusers_hook")
-    if any(name in vars(module) for module in model.modules() for name in hooked):
+    if any(map(_hooked, model.modules())):
         return False
     given = (call.inputs.get(key) for key in ("cross_attention_kwargs", "joint_attention_kwargs"))
     return not any(kwargs and "scale" in kwargs for kwargs in given) and call.rows.n > 0
+
+
+def _hooked(module: Any) -> bool:
+    """Whether accelerate or diffusers have hooks on a module."""
+    # a pipeline that names its branches leaves a registry without hooks on the denoiser
+    registry = vars(module).get("_diffusers_hook")
+    return "_hf_hook" in vars(module) or bool(getattr(registry, "hooks", registry))
 
 
 def _ordinary(value: Any) -> Any:

@@ -256,22 +256,22 @@ class InitNO(LatentControl):
 
     def loss(self, maps: Maps, memory: dict[str, Any]) -> Tensor:
         """Return L_cross, which the moves between refinements go down."""
-        return excite(_objects(maps))
+        return excite(maps.smooth)
 
     def shortfall(self, maps: Maps, loss: Tensor) -> Tensor:
         """Return the larger of L_cross and L_self, the latter in units of its own threshold."""
         unit = self.tau_cross / self.tau_self
-        return torch.maximum(loss, unit * self._conflict(maps, _objects(maps)))
+        return torch.maximum(loss, unit * self._conflict(maps, maps.smooth))
 
     def refining(self, maps: Maps, loss: Tensor) -> Tensor:
         """Return L with a small weight of L_clean."""
-        objects = _objects(maps)
+        objects = maps.smooth
         apart = self.conflict * self._conflict(maps, objects)
         return loss + apart + _LATER * self._strays(objects)
 
     def _joint(self, maps: Maps) -> tuple[Tensor, Tensor, Tensor]:
         """Return L, L_cross and L_self."""
-        objects = _objects(maps)
+        objects = maps.smooth
         cross, apart = excite(objects), self._conflict(maps, objects)
         total = cross + (cross <= _LOUD) * self.conflict * apart + self._strays(objects)
         return total, cross, apart
@@ -296,11 +296,11 @@ class InitNO(LatentControl):
 
     # -- the search --------------------------------------------------------------------------
 
-    def _descend(self, run: Pass, x: Tensor) -> Tensor:
-        """Search before the first step; then move, if there is a step size."""
+    def _move(self, run: Pass, x: Tensor) -> Tensor:
+        """Search before the first step, all samples at once; then move, if there is a size."""
         if self.searches and run.call.step.index == 0:
             x = self._search(run, x)
-        return super()._descend(run, x) if self.scale else x
+        return super()._move(run, x) if self.scale else x
 
     def _search(self, run: Pass, x: Tensor) -> Tensor:
         size = noise_size(run.call.run)
@@ -359,11 +359,6 @@ class InitNO(LatentControl):
         cross, apart = (torch.stack(part) for part in zip(*parts, strict=True))
         met = (cross < self.tau_cross) & (apart < self.tau_self)
         return look, cross + torch.where(cross > _LOUD, 1.0, apart), met
-
-
-def _objects(maps: Maps) -> Tensor:
-    """Return the objects' maps [K, frames, height, width] as Attend-and-Excite has them."""
-    return smoothed(maps.objects(maps.sharp()))
 
 
 def _wide(mask: Tensor, x: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ for chosen rows only.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -106,16 +107,25 @@ def text_maps(sites: list[list[Seen]], samples: int) -> Tensor:
     Raises:
         HostError: if a site's rows are no samples.
     """
+    groups = _together(sites)
+    heads = [calls[0].q.shape[1] for calls in groups]
     total: Any = 0.0
-    heads = 0
-    for calls in _together(sites):
-        each = [mean_map(s.q, s.k, s.mask, s.scale) * s.q.shape[1] for s in calls]
-        width = max(one.shape[-1] for one in each)  # Mochi leaves out each row's own padding
-        maps = torch.cat([pad(one, (0, width - one.shape[-1])) for one in each])
+    for calls, count in zip(groups, heads, strict=True):
+        maps = _of_site(calls)
         _check_rows(len(maps), samples)
-        total = total + maps
-        heads += calls[0].q.shape[1]
-    return (total / heads).transpose(1, 2).unflatten(-1, sites[0][0].grid)
+        # one group is the common case, and every operation a launch
+        total = maps if len(groups) == 1 else total + maps * (count / sum(heads))
+    result: Tensor = total.transpose(1, 2).unflatten(-1, sites[0][0].grid)
+    return result
+
+
+def _of_site(calls: list[Seen]) -> Tensor:
+    """Return the mean over the heads of one site [B, Nq, Nt]."""
+    each = [mean_map(one.q, one.k, one.mask, one.scale) for one in calls]
+    if len(each) == 1:
+        return each[0]
+    width = max(one.shape[-1] for one in each)  # Mochi leaves out each row's own padding
+    return torch.cat([pad(one, (0, width - one.shape[-1])) for one in each])
 
 
 def _together(sites: list[list[Seen]]) -> list[list[Seen]]:
@@ -210,9 +220,9 @@ class _MeanMap(torch.autograd.Function):
         ctx.save_for_backward(q, k, mask)
         ctx.scale = scale
         wide = torch.promote_types(q.dtype, torch.float32)
-        total = q.new_zeros((q.shape[0], q.shape[2], k.shape[2]), dtype=wide)
+        total = q.new_zeros((), dtype=wide)
         for heads in _chunks(q, k):
-            total += _softmax(q, k, mask, scale, heads).sum(1)
+            total = total + _softmax(q, k, mask, scale, heads).sum(1)
         return total / q.shape[1]
 
     @staticmethod
@@ -266,9 +276,17 @@ def smoothed(maps: Tensor, sigma: float = 0.5) -> Tensor:
         maps: [..., height, width].
         sigma: as in Attend-and-Excite.
     """
-    side = torch.exp(-((maps.new_tensor([-1.0, 0.0, 1.0]) / (2 * sigma)) ** 2))
-    kernel = side[:, None] * side
     flat = maps.reshape(-1, 1, *maps.shape[-2:])
     mode = "reflect" if min(maps.shape[-2:]) > 1 else "replicate"
-    out = conv2d(pad(flat, (1, 1, 1, 1), mode=mode), (kernel / kernel.sum())[None, None])
-    return out.reshape(maps.shape)
+    kernel = _kernel(sigma, maps.dtype, maps.device)
+    return conv2d(pad(flat, (1, 1, 1, 1), mode=mode), kernel).reshape(maps.shape)
+
+
+@functools.lru_cache(maxsize=16)
+def _kernel(sigma: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return the kernel [1, 1, 3, 3], made once: a copy to the device waits for the device."""
+    with torch.inference_mode(False), torch.no_grad():
+        x = torch.tensor([-1.0, 0.0, 1.0], dtype=dtype, device=device)
+        side = torch.exp(-((x / (2 * sigma)) ** 2))
+        kernel = side[:, None] * side
+        return (kernel / kernel.sum())[None, None]

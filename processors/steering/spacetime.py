@@ -11,16 +11,18 @@ which is the paper's convex combination at every pixel, or with mode "guidance"
 
 as in the released code, g_u being the output of the unconditional rows.
 
+Layout "fit" orders the objects of each picture as its noise wants them, see `fitting`.
+
 References:
     Wu et al., "Harnessing the Spatial-Temporal Attention of Diffusion Models for High-Fidelity
     Text-to-Image Synthesis", ICCV 2023 (arXiv 2304.03869): the attention rule.
 
-Deviations: the layout is given, where the paper trains a predictor; lambda is a straight line over
-the run, the same for all objects, where the paper optimises it for each object and step (the
-released optimisation moves it by less than 0.01; `fit_weights` chooses the line); a token lies in
-a disc if its middle does, not its corner; overlapping regions share the weight, so that the
-combination stays convex. The descriptions' keys and values do not change over the steps: one pass
-per object, at the first step, makes them.
+Deviations: the layout is given or fitted, where the paper trains a predictor; lambda is a
+straight line over the run, the same for all objects, where the paper optimises it for each object
+and step (the released optimisation moves it by less than 0.01; `fit_weights` chooses the line); a
+token lies in a disc if its middle does, not its corner; overlapping regions share the weight, so
+that the combination stays convex. The descriptions' keys and values do not change over the steps:
+one pass per object, at the first step, makes them.
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ from attnctl.records import AttentionCall, ForwardCall, Step
 from attnctl.words import concepts
 from attnctl.words.prompts import Prompt, prompts_of
 
+from .fitting import differences, fitted
 from .regions import checked_region, coverage
 
 if TYPE_CHECKING:
@@ -111,12 +114,15 @@ class Scene:
         inputs: denoiser inputs of each object's description [n, ...]; made at the first step.
         keys: (keys, values, mask) of every object by site.
         ready: whether the keys were read.
+        fitted: regions of the objects of each sample, in place of theirs; empty if none were
+            fitted.
     """
 
     objects: list[list[Local]]
     inputs: list[list[Mapping[str, Tensor]]]
     keys: dict[int, list[tuple[Tensor, Tensor, Tensor | None]]] = field(default_factory=dict)
     ready: bool = False
+    fitted: list[list[Any]] = field(default_factory=list)
 
     @property
     def most(self) -> int:
@@ -138,14 +144,20 @@ class Scene:
             chosen.append(mine[i] if i < len(mine) else mine[0])
         return {name: torch.cat([one[name] for one in chosen]) for name in chosen[0]}
 
+    def regions(self, sample: int, samples: int) -> list[Any]:
+        """Return the regions of a sample's objects."""
+        if self.fitted:
+            return self.fitted[sample]
+        return [one.region for one in self.objects[self.prompt(sample, samples)]]
+
     def weights(self, where: Placing, device: torch.device) -> Tensor:
         """Return every object's region [n, b, m] on the grid of a call."""
         count = where.rows.stop - where.rows.start
         nothing = torch.zeros(math.prod(where.grid), device=device)
         each = []
         for sample in range(where.first, where.first + count):
-            mine = self.objects[self.prompt(sample, where.samples)]
-            maps = [coverage(one.region, where.grid, device) for one in mine]
+            mine = self.regions(sample, where.samples)
+            maps = [coverage(region, where.grid, device) for region in mine]
             each.append(torch.stack([*maps, *[nothing] * (self.most - len(maps))]))
         return torch.stack(each, dim=1)
 
@@ -158,7 +170,9 @@ class SpaceTime(Windowed):
     Args:
         layout: {phrase: region} for every prompt, or a list of such, one per prompt; regions as
             (x, y), (x, y, radius), (left, top, right, bottom), all from 0 to 1, or a mask [h, w].
-            Or "row": the concepts of each prompt next to each other, from left to right.
+            Or "row": the concepts of each prompt next to each other, from left to right; or
+            "fit": the same in the order that fits the noise of each picture, at the
+            cost of one more pass.
             For pipelines called with embeddings a list of (denoiser inputs, region).
         heads: selector; cross-attention sites.
         lam: lambda; None for 0.7 (convex) or 5 / objects (guidance). 0 is off, without a slope.
@@ -207,10 +221,10 @@ class SpaceTime(Windowed):
                 checked_region(region, str(name))
 
     def _layouts(self) -> list[list[tuple[Any, Any]]]:
-        """Return the given layouts as lists of (phrase, region); none for "row"."""
+        """Return the given layouts as lists of (phrase, region); none for a word."""
         if isinstance(self.layout, str):
-            if self.layout != "row":
-                raise OptionError(f"{self.name}: layout={self.layout!r}; as a word only 'row'")
+            if self.layout not in ("row", "fit"):
+                raise OptionError(f"{self.name}: layout={self.layout!r}; as a word 'row' or 'fit'")
             return []
         if isinstance(self.layout, Mapping):
             return [list(self.layout.items())]
@@ -258,8 +272,8 @@ class SpaceTime(Windowed):
         if isinstance(self.layout, str):
             if prompt.text is None:
                 raise HostError(
-                    f"{self.name}: layout='row' reads the prompt, but this run got embeddings: "
-                    "give a list of (denoiser inputs, region)"
+                    f"{self.name}: layout={self.layout!r} reads the prompt, but this run got "
+                    "embeddings: give a list of (denoiser inputs, region)"
                 )
             mine: list[tuple[Any, Any]] = list(side_by_side(prompt.text).items())
         else:
@@ -284,11 +298,34 @@ class SpaceTime(Windowed):
     def denoise(self, call: ForwardCall) -> Tensor:
         """Before the first forward, run each object's description once, to read its keys."""
         if "cond" in call.rows and not call.state.ready:
+            whole = None
+            if self.layout == "fit":  # before keys are known, so that nothing is mixed in
+                whole = replace(call.only("cond", "cond"), rest=()).proceed()
+            each = []
             for i in range(call.state.most):
                 own = call.only("cond", call.role, **call.state.rows(i, call.rows.n))
-                replace(own, rest=()).proceed()  # its output is dropped, so no guidance for it
+                each.append(replace(own, rest=()).proceed())  # not used further: no guidance
+            if whole is not None:
+                self._place(call, whole, each)
             call.state.ready = True
         return call.proceed()
+
+    def _place(self, call: ForwardCall, whole: Tensor, each: list[Tensor]) -> None:
+        """Choose the regions of each sample's objects."""
+        scene: Scene = call.state
+        channels = call.latents.shape[1]
+        apart = torch.stack([differences(one, whole, channels) for one in each], dim=1).cpu()
+        for sample, mine in enumerate(apart):
+            count = len(scene.objects[scene.prompt(sample, len(apart))])
+            scene.fitted.append(self.arranged(mine[:count]))
+
+    def arranged(self, apart: Tensor) -> list[Any]:
+        """Return the regions of the objects of one sample for layout "fit".
+
+        Args:
+            apart: how far each object's prediction is from that for the whole prompt [n, h, w].
+        """
+        return list(fitted(apart))
 
     def attend(self, call: AttentionCall) -> Tensor:
         """Read keys in the objects' own passes; mix in the conditional rows."""

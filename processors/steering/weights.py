@@ -81,12 +81,17 @@ def fit_weights(
             noise of its own.
 
     Raises:
-        OptionError: without a line, with several pictures per prompt, or where the objects are
-            denoiser inputs, not phrases.
+        OptionError: without a line, with several pictures per prompt, where the objects are
+            denoiser inputs, not phrases, or for layout "fit" with `part`.
     """
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     if not lines or call.get("num_images_per_prompt", 1) != 1:
         raise OptionError("fit_weights needs at least one line, and draws one picture per prompt")
+    if part and control.layout == "fit":
+        raise OptionError(
+            "fit_weights cuts out the regions of a layout, and layout='fit' is known only when a "
+            "picture is drawn: take part=0, or another layout"
+        )
     places = [_phrases(control, pipe, text, i, len(prompts)) for i, text in enumerate(prompts)]
     controls = [dataclasses.replace(control, lam=lam, slope=slope) for lam, slope in lines]
     begin = _states(call.get("generator"))

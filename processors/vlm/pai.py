@@ -191,11 +191,11 @@ class PAI(Control):
             return None
         if not kernel_fits(call, tokens):
             return None
-        codes = tokens.slots("image").view(torch.uint8)
+        edit = Edit(tokens.slots("image").view(torch.uint8), self.alpha)
         return EditedPrompt(
             state.rows(call, tokens, self.rows),
-            codes.shape[1],
-            lambda _site, _residual, heads: Edit(codes, self.alpha, heads=heads),
+            edit.codes.shape[1],
+            lambda _site, _residual, heads: edit if heads is None else edit._replace(heads=heads),
             state,
         )
 

@@ -21,7 +21,6 @@ from attnctl.kernels.group_attention import (
     edit_rows,
     edited_row,
     rows_fit,
-    with_edited_rows,
 )
 from attnctl.records import AttentionCall, PromptCall, Residual, Tokens
 
@@ -110,12 +109,13 @@ def edited(call: AttentionCall, edit: Edit, rows: Callable[[], Rows]) -> Tensor:
     if call.q.shape[2] == 1:
         row = edited_row(call.q, call.k, call.v, edit, call.mask, call.scale)
         assert row is not None
-        return row
-    out = call.proceed()
-    edit_rows(
+        return row.transpose(1, 2)
+    out = call.proceed().transpose(1, 2).contiguous()
+    done = edit_rows(
         call.q, call.k, call.v, out, edit, rows(), call.mask, call.scale, call.is_causal
-    )  # fmt: skip
-    return out
+    )
+    assert done
+    return out.transpose(1, 2)
 
 
 class EditedRow:
@@ -133,7 +133,7 @@ class EditedRow:
         scale: float | None,
         first: int,
     ) -> Tensor | None:
-        """Return the output [B, H, 1, D], None where the kernel cannot take the call."""
+        """Return the output [B, 1, H, D], None where the kernel cannot take the call."""
         edit = self.edit if first == self.edit.first else self.edit._replace(first=first)
         return edited_row(q, k, v, edit, mask, scale)
 
@@ -157,15 +157,19 @@ class EditedPrompt:
         memory: RowMemory,
     ) -> None:
         self.rows, self.total, self.edit, self.memory = rows, total, edit, memory
+        self.device = rows.columns.device
 
     def __call__(self, call: PromptCall) -> Tensor | None:
         """Return the output [B, Nq, H, D], None where the kernel cannot take the call."""
-        site, q, k, v, mask, scale, causal, residual, chosen, stock = call
+        site, q, k, v, mask, scale, causal, residual, chosen, out = call
+        if q.device != self.device:  # a model on several GPUs
+            return None
         heads = None if chosen is None else self.memory.heads(site, chosen, q.device)
         edit = self.edit(site, residual, heads)
         if k.shape[2] < self.total:  # a sliding window
             edit = edit._replace(first=self.total - k.shape[2])
-        return with_edited_rows(stock, q, k, v, edit, self.rows, mask, scale, causal)
+        done = edit_rows(q, k, v, out, edit, self.rows, mask, scale, causal)
+        return out if done else None
 
 
 @dataclass(eq=False)
@@ -191,13 +195,11 @@ class RowMemory:
         """Return the queries of a role, or "all"; an edit has one role."""
         if self._rows is None or self._rows[0] is not tokens:
             batch, _, n, _ = call.q.shape
-            device = call.q.device
             if role == "all":
-                columns = torch.arange(n, device=device, dtype=torch.int32)
-                flags = torch.ones((batch, n), device=device, dtype=torch.uint8)
+                columns, flags = torch.arange(n), torch.ones((batch, n), dtype=torch.bool)
             else:
-                found, where = tokens.rows(role)
-                columns = found.to(torch.int32).to(device, non_blocking=True)
-                flags = where.to(torch.uint8).contiguous().to(device, non_blocking=True)
-            self._rows = tokens, Rows(columns, flags)
+                columns, flags = tokens.rows(role)
+            both = torch.cat([columns[None], flags]).int()  # go there at once
+            both = both.to(call.q.device, non_blocking=True)
+            self._rows = tokens, Rows(both[0], both[1:])
         return self._rows[1]

@@ -15,13 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from attnctl.errors import HostError, OptionError
 from attnctl.hosts.vlm_tokens import fit_rows
-from attnctl.kernels.group_attention import codes_fit, sink_codes
+from attnctl.kernels.group_attention import codes_call
 from attnctl.records import AttentionCall, Residual, Tokens
 
 from .rows import RowMemory
@@ -93,7 +94,7 @@ class SinkMemory(RowMemory):
     sites: int = 1
     _room: list[Tensor] = field(default_factory=list)
     _index: Tensor | None = None
-    _labels: tuple[Tokens, Tensor] | None = None
+    _writer: tuple[Tokens, Any] | None = None
     _codes: dict[int, Tensor] = field(default_factory=dict)
     _groups: dict[int, Tensor] = field(default_factory=dict)
     _seen: dict[int, tuple[int, int]] = field(default_factory=dict)
@@ -172,14 +173,28 @@ class SinkMemory(RowMemory):
 
     def _found_codes(self, residual: Residual, tokens: Tokens) -> Tensor:
         """Return the codes [B, N] of the tokens of this forward."""
-        x, standard = residual.hidden, type(self).found is SinkMemory.found
-        if standard and codes_fit(x):
-            limit = residual.prompt - residual.past
-            labels = self._labels_of(residual, tokens)
-            return sink_codes(x, self._dims(x), labels, self.tau, limit, self._room_for(x))
+        x = residual.hidden
+        write = self._writer_for(residual, tokens)
+        if write is not None:
+            codes = self._room_for(x)
+            write(x, codes)
+            return codes
         found = self.found(residual, tokens).to(torch.uint8)
         image = tokens.slots("image")[:, residual.past :]
         return torch.where(image, 3 - found, found)
+
+    def _writer_for(self, residual: Residual, tokens: Tokens) -> Any:
+        """Return the kernel's call for this stream, which the layers share; None without one."""
+        x, known = residual.hidden, self._writer
+        if known is not None and known[0] is tokens and (known[1] is None or known[1].takes(x)):
+            return known[1]
+        made = None
+        if type(self).found is SinkMemory.found:
+            labels = self._labels(tokens)[:, residual.past :].to(x.device, non_blocking=True)
+            limit = residual.prompt - residual.past
+            made = codes_call(x, self._dims(x), labels, self.tau, limit)
+        self._writer = tokens, made
+        return made
 
     def _room_for(self, x: Tensor) -> Tensor:
         """Return room for codes [B, N]: made for all sites of a forward at once."""
@@ -189,15 +204,13 @@ class SinkMemory(RowMemory):
             self._room = list(torch.empty(shape, dtype=torch.uint8, device=x.device))
         return self._room.pop()
 
-    def _labels_of(self, residual: Residual, tokens: Tokens) -> Tensor:
-        """Return what the kernel is told of this forward's tokens; the layers share it."""
-        if self._labels is None or self._labels[0] is not tokens:
-            image = tokens.slots("image")
-            labels = image.to(torch.uint8).masked_fill_(tokens.slots("pad"), 2)
-            if self.protect:
-                labels.masked_fill_(self._protected(tokens), 3)
-            self._labels = tokens, labels[:, residual.past :]
-        return self._labels[1]
+    def _labels(self, tokens: Tokens) -> Tensor:
+        """Return what the kernel is told of all tokens so far, where masks are made."""
+        image = tokens.slots_here("image")
+        labels = image.to(torch.uint8).masked_fill_(tokens.slots_here("pad"), 2)
+        if self.protect:
+            labels.masked_fill_(self._protected(image), 3)
+        return labels
 
     def _dims(self, x: Tensor) -> Tensor:
         if self._index is None or self._index.device != x.device:
@@ -213,11 +226,11 @@ class SinkMemory(RowMemory):
         if written:
             sinks[:, -written:] = False
         if self.protect:
-            sinks = sinks & ~self._protected(tokens)[:, residual.past :]
+            image = tokens.slots("image")
+            sinks = sinks & ~self._protected(image)[:, residual.past :]
         return sinks
 
-    def _protected(self, tokens: Tokens) -> Tensor:
-        image = tokens.slots("image")
+    def _protected(self, image: Tensor) -> Tensor:
         number = image.cumsum(1) - 1
         chosen = torch.tensor(self.protect, device=image.device)
         return image & torch.isin(number, chosen)
