@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -60,6 +61,18 @@ def test_the_sweep_tells_the_gain_by_strength(
     assert data["n"] == 3 and (first["u"], last["u"]) == (0.5, 1.0)
     assert first["gain"] == first["over the last"] and last["gain"][0] > first["gain"][0] > 0
     assert last["gain"][0] - first["gain"][0] == pytest.approx(last["over the last"][0], abs=2e-5)
+
+
+def test_every_block_has_pictures_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heads_table, "Trials", lambda *args: args)
+    seen = []
+    for block in (0, 5):
+        given = argparse.Namespace(n=20, block=block, batch=4)
+        _, _, _, prompts, seeds, *_ = heads_table.trials(None, "redness", 3.0, 1.0, given)
+        seen.append((prompts, set(seeds)))
+    (first, here), (other, there) = seen
+    assert len(here) == len(there) == 20 and not here & there and first != other
+    assert min(here) == 50_000
 
 
 def test_a_table_holds_every_set(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -236,9 +237,10 @@ def test_with_a_kernel_a_known_call_costs_one_start_and_no_operation(
     assert made[0].rows == slice(1, 2) and made[0].sums is reader.maps.sums[Key((1, 2, 3))]
     assert reader.maps.counts[Key((1, 2, 3))].tolist() == [4 * 2]  # calls of two heads
     # whatever changes is looked at anew: the grid, the layout, the heads
-    reader.read(attention_call(q, k, v, spans=high, **options))
+    reader.read(replace(attention_call(q, k, v, spans=high, **options), heads=first.heads))
     turned = q.transpose(1, 2).contiguous().transpose(1, 2)
-    reader.read(attention_call(turned, k, v, spans=high, **options))
+    other = attention_call(turned, k, v, spans=high, **options)
+    reader.read(replace(other, heads=first.heads))
     reader.read(attention_call(turned, k, v, spans=high, heads=[1], **options))
     assert len(made) == 4 and made[3].heads.tolist() == [1]
     assert reader.maps.counts[Key((1, 3, 2))].tolist() == [2 + 2 + 1]

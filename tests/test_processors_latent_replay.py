@@ -122,6 +122,14 @@ def test_passes_in_which_something_else_acts_are_run(tape: None) -> None:
         assert torch.equal(got, zoo.run(pipe))
 
 
+def test_a_result_outlives_the_next_replay(tape: None) -> None:
+    recorder, made = Recorder(), []
+    for value in (1.0, 2.0, 3.0):
+        x = torch.full((2,), value).requires_grad_()
+        made.append(recorder.run(lambda x, inputs: x * inputs["by"], x, {"by": torch.ones(2)}))
+    assert [one.tolist()[0] for one in made] == [1, 2, 3] and recorder.replayed == 3
+
+
 def test_what_cannot_be_recorded(tape: None) -> None:
     """A copy to the device, as `torch.tensor` makes, is one of the things."""
     with pytest.raises(HostError, match=r"recorded .*lift_fresh.*give replay=False"):

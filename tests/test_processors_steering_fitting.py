@@ -51,6 +51,13 @@ def test_an_object_goes_where_the_predictions_agree() -> None:
     assert all(a[0] != b[0] for a, b in zip(fitted(apart), fitted(apart, max), strict=True))
 
 
+def test_regions_of_unequal_size_count_alike() -> None:
+    """On a grid of 8 columns the three boxes cover 3, 2 and 3 of them."""
+    apart = torch.tensor([1.0, 2.0, 3.0])[:, None, None].expand(3, 2, 8).clone()
+    apart[0, :, 3:5] = 0.9  # by the means 0 belongs there; the sums would put 2 on the few columns
+    assert [round(box[0] * 3) for box in fitted(apart)].index(1) == 0
+
+
 def test_differences_against_numpy() -> None:
     one, whole = torch.randn(2, 2, 5, 3, 7, 9, dtype=torch.float64)
     want = (np.asarray(one - whole)[:, :4] ** 2).mean((1, 2))

@@ -6,7 +6,8 @@
 The first searches with each strategy from several seeds, then scores every set found, as many
 random sets of the same size, every full layer and all heads on held-out prompts and other seeds.
 `--only` takes one of the settings, so that they can run beside each other; `--beside FILE`
-scores the sets of an earlier table too, such as greedy's, which take long to find. The second
+scores the sets of an earlier table too, such as greedy's, which take long to find; `--block`
+takes other pictures, for what was chosen by looking at those of a table. The second
 scores the shipped redness set at several strengths u. Minutes on a GPU, a day on a CPU.
 """
 
@@ -45,8 +46,8 @@ APART = 1000
 """Between the seeds of one search's first picture and of the next's."""
 RANDOM = 6
 STRENGTHS = (0.25, 0.5, 0.75, 1.0)
-FAR = 50_000
-"""Seed of the first scored picture, away from those of the searches."""
+FAR, NEXT = 50_000, 10_000
+"""Seed of the first scored picture, away from those of the searches, and between blocks."""
 PART = 0.95
 """Of greedy's gain, what the cheap strategies are asked for."""
 
@@ -96,11 +97,13 @@ def others(pool: list[Head], size: int) -> Iterator[tuple[str, tuple[Head, ...]]
     yield "all", tuple(pool)
 
 
-def trials(pipe: Any, name: str, scale: float, u: float, n: int, batch: int) -> Trials:
-    """Return what draws and scores n held-out pictures."""
+def trials(pipe: Any, name: str, scale: float, u: float, given: argparse.Namespace) -> Trials:
+    """Return what draws and scores the held-out pictures of a block."""
     guidance = attnctl.SoftPAG(scale=scale, u=u)
-    prompts = heldout_prompts(n, 2, seed=77)
-    return Trials(pipe, guidance, objective(name), prompts, range(FAR, FAR + n), batch, dict(CALL))
+    prompts = heldout_prompts(given.n, 2, seed=77 + given.block)
+    first = FAR + NEXT * given.block
+    seeds = range(first, first + given.n)
+    return Trials(pipe, guidance, objective(name), prompts, seeds, given.batch, dict(CALL))
 
 
 def gains(judge: Trials, sets: Sequence[tuple[Head, ...]]) -> np.ndarray:
@@ -142,7 +145,7 @@ def table(pipe: Any, name: str, scale: float, given: argparse.Namespace) -> Fact
     sets, forwards = searched(pipe, name, scale, given)
     if given.beside:
         sets |= earlier(given.beside, setting_name(name, scale))
-    judge = trials(pipe, name, scale, 1.0, given.n, given.batch)
+    judge = trials(pipe, name, scale, 1.0, given)
     if not given.searched_only:
         sets |= dict(others(judge.pool, given.rounds * given.top_k))
     found = dict(zip(sets, gains(judge, list(sets.values())), strict=True))
@@ -153,15 +156,15 @@ def table(pipe: Any, name: str, scale: float, given: argparse.Namespace) -> Fact
     return {"rows": made, "forwards": forwards, "sets": written}
 
 
-def sweep(pipe: Any, n: int, batch: int) -> list[Facts]:
+def sweep(pipe: Any, given: argparse.Namespace) -> list[Facts]:
     """Gain in redness of the shipped set by strength u, and what each u adds to the one before."""
     folder = Path(str(resources.files("attnctl.presets")))
     heads = HeadSet.load(folder / "heads" / "tiny-sd3-redness.json").heads
-    stock = trials(pipe, "redness", 3.0, 1.0, n, batch).score([()]).numpy()[0]
+    stock = trials(pipe, "redness", 3.0, 1.0, given).score([()]).numpy()[0]
     found: list[Facts] = []
-    before = np.zeros(n)
+    before = np.zeros(given.n)
     for u in STRENGTHS:
-        gain = trials(pipe, "redness", 3.0, u, n, batch).score([heads]).numpy()[0] - stock
+        gain = trials(pipe, "redness", 3.0, u, given).score([heads]).numpy()[0] - stock
         step = told(mean_interval(gain - before))
         found.append({"u": u, "gain": told(mean_interval(gain)), "over the last": step})
         print(json.dumps(found[-1]), flush=True)
@@ -173,6 +176,7 @@ def main() -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--n", type=int, default=300)
+    parser.add_argument("--block", type=int, default=0, help="of held-out pictures")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--top-k", type=int, default=4)
     parser.add_argument("--batch", type=int, default=640)
@@ -189,12 +193,12 @@ def main() -> None:
     given.out.mkdir(parents=True, exist_ok=True)
     pipe = load("tiny-sd3", dtype="float32")
     pipe.set_progress_bar_config(disable=True)
-    facts = {k: getattr(given, k) for k in ("n", "rounds", "top_k", "budget", "searches")}
+    facts = {k: getattr(given, k) for k in ("n", "block", "rounds", "top_k", "budget", "searches")}
     data: Facts = {**facts, "device": str(pipe.device), "torch": torch.__version__}
     if torch.cuda.is_available():
         data["device"] = torch.cuda.get_device_name()
     if given.sweep:
-        data["sweep"] = sweep(pipe, given.n, given.batch)
+        data["sweep"] = sweep(pipe, given)
         (given.out / "heads-sweep.json").write_text(json.dumps(data, indent=1) + "\n")
         return
     for name, scale in SETTINGS:
