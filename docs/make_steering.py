@@ -9,8 +9,13 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+
+from attnctl.apps.bench.statistics import paired_interval
 
 PAGE = Path(__file__).parent / "steering_effects.md"
 MEASURED = Path(__file__).parent / "measured" / "steering"
@@ -44,7 +49,23 @@ def table(name: str) -> str:
         f"{data['device']}, torch {data['versions']['torch']}. {_presets(rows)}"
         f"File: `docs/measured/steering/{name}.json`."
     )
-    return f"{body}\n{where}\n\n"
+    return f"{body}\n{_over_placebos(rows)}{where}\n\n"
+
+
+def _over_placebos(rows: list[dict[str, Any]]) -> str:
+    """Return what arms gain over their placebos on the same pictures, where files can tell."""
+    hits = {row["arm"]: np.array([*row["hits"]], int) for row in rows if "hits" in row}
+    said = [
+        f"`{arm}` less its placebo `{placebo}`: {_over(hits[arm], hits[placebo])}."
+        for placebo in hits
+        if placebo.startswith("placebo ") and (arm := placebo.split(": ", 1)[1]) in hits
+    ]
+    return f"Paired, {' '.join(said)}\n\n" if said else ""
+
+
+def _over(one: np.ndarray, other: np.ndarray) -> str:
+    gain, won = paired_interval(one, other), int((one > other).sum())
+    return f"{_percent(asdict(gain), '+')}, {won}:{int((one < other).sum())}"
 
 
 def _presets(rows: list[dict[str, Any]]) -> str:
