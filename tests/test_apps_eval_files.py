@@ -2,8 +2,9 @@
 
 import contextlib
 import json
-import multiprocessing
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -310,23 +311,26 @@ def test_two_runs_never_share_a_file(tmp_path: Path):
         pass  # the lock is gone with the block
 
 
-def _hold(path: Path, ready: Any) -> None:
-    with AnswerFile(path, HEAD):
-        ready.set()
-        ready.wait(60)
-        multiprocessing.Event().wait(60)
+HOLD = """
+import json, sys, time
+from pathlib import Path
+from attnctl.apps.eval.answer_file import AnswerFile
+
+with AnswerFile(Path(sys.argv[1]), json.loads(sys.argv[2])):
+    print("held", flush=True)
+    time.sleep(300)
+"""
 
 
 def test_a_killed_process_leaves_no_lock(tmp_path: Path):
-    context = multiprocessing.get_context("fork")
-    ready = context.Event()
-    holder = context.Process(target=_hold, args=(tmp_path / "a", ready))
-    holder.start()
-    assert ready.wait(30)
-    with pytest.raises(EvalError, match="another process"):
-        AnswerFile(tmp_path / "a", HEAD)
-    holder.kill()
-    holder.join(30)
+    command = [sys.executable, "-P", "-c", HOLD, str(tmp_path / "a"), json.dumps(HEAD)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
+        try:
+            assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+            with pytest.raises(EvalError, match="another process"):
+                AnswerFile(tmp_path / "a", HEAD)
+        finally:
+            holder.kill()
     with AnswerFile(tmp_path / "a", HEAD) as file:
         assert len(file.missing(items(3))) == 3
 
