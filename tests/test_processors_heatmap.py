@@ -22,6 +22,7 @@ from attnctl.hosts import targets
 from attnctl.kernels.lse import Columns
 from attnctl.processors.analysis import HeatMap, TokenMaps, reading, token_mass
 from attnctl.processors.analysis.overlay import overlay
+from attnctl.processors.analysis.placing import text_keys
 from attnctl.processors.analysis.reading import Reader
 from attnctl.processors.analysis.token_maps import Key, common
 from attnctl.testing import oracles, zoo
@@ -210,6 +211,12 @@ class Operations(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.count += 1
         return func(*args, **(kwargs or {}))
+
+
+def test_positions_are_counted_from_the_first_text_token() -> None:
+    assert text_keys(((0, 3), ()), slice(10, 14), "here") == ((10, 13), ())
+    with pytest.raises(attnctl.HostError, match=r"here: .* position 4, but there are 4 text"):
+        text_keys(((0,), (4,)), slice(10, 14), "here")
 
 
 def test_with_a_kernel_a_known_call_costs_one_start_and_no_operation(

@@ -23,7 +23,7 @@ try:
 except ImportError:  # before Triton 3.4
     knobs = None
 
-__all__ = ["MOST_KNOWN", "Launch", "stream_of"]
+__all__ = ["MOST_KNOWN", "Launch", "mask_fits", "mask_steps", "stream_of"]
 
 MOST_KNOWN = 64
 """Launches that a kernel keeps, before all are made anew."""
@@ -34,6 +34,21 @@ _UNIT = 16
 _ADDRESS = Tensor.data_ptr
 
 _COMPILED: dict[Any, CompiledKernel] = {}
+
+
+def mask_fits(mask: Tensor | None, n_keys: int) -> bool:
+    """Whether a kernel can read a mask of attention [b, h, n, keys], sizes of 1 broadcast."""
+    if mask is None:
+        return True
+    return mask.ndim == 4 and mask.stride(3) == 1 and mask.shape[3] == n_keys
+
+
+def mask_steps(mask: Tensor | None) -> tuple[int, ...]:
+    """Return the strides of a mask's rows, heads and queries, 0 where it is broadcast."""
+    if mask is None:
+        return 0, 0, 0
+    sizes, steps = mask.shape[:3], mask.stride()[:3]
+    return tuple(0 if size == 1 else step for size, step in zip(sizes, steps, strict=True))
 
 
 def stream_of(device: torch.device) -> int:

@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .edit import DTYPES, Edit, Rows
-from .launch import MOST_KNOWN, Launch, stream_of
+from .launch import MOST_KNOWN, Launch, mask_fits, mask_steps, stream_of
 from .spikes import CodesCall
 
 __all__ = ["INTERPRETED", "CodesCall", "RowsCall", "rows_call", "tensors_fit"]
@@ -287,9 +287,7 @@ def tensors_fit(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
         return False
     if not q.dtype == k.dtype == v.dtype or q.stride(3) + k.stride(3) + v.stride(3) != 3:
         return False
-    if mask is None:
-        return True
-    return mask.ndim == 4 and mask.stride(3) == 1 and mask.shape[3] == k.shape[2]
+    return mask_fits(mask, k.shape[2])
 
 
 class RowsCall:
@@ -317,13 +315,12 @@ class RowsCall:
         types = (q.dtype, None if mask is None else mask.dtype)
         sizes = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *steps)
         step = 0 if codes.shape[0] == 1 else codes.stride(0)
-        seen = (0, 0, 0) if mask is None else _steps(mask)
         self.attend = Launch(
             edited_rows_kernel,
             (blocks * splits, n_kv, batch),
             q.device, types, 4, sizes,
             (
-                *seen, step, n_rows, n_k, codes.shape[1], per_split, splits,
+                *mask_steps(mask), step, n_rows, n_k, codes.shape[1], per_split, splits,
                 scale * math.log2(math.e),
             ),
             {
@@ -384,9 +381,3 @@ def _splits(programs: int, n_k: int, prompt: bool) -> int:
     if prompt:
         most, fewest = MOST_IN_PROMPT, FEWEST_IN_PROMPT
     return max(1, min(most // programs, n_k // fewest, MOST_SPLITS))
-
-
-def _steps(mask: Tensor) -> list[int]:
-    """Return the strides of a mask's rows, heads and queries, 0 where it is broadcast."""
-    sizes, steps = mask.shape[:3], mask.stride()[:3]
-    return [0 if size == 1 else step for size, step in zip(sizes, steps, strict=True)]

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attnctl.kernels.group_attention.launch import Launch
+from attnctl.kernels.group_attention.launch import Launch, mask_fits, mask_steps
 
 from .columns import Columns
 
@@ -117,9 +117,7 @@ def columns_fit(q: Tensor, k: Tensor, wanted: Columns, mask: Tensor | None) -> b
         return False
     if q.stride(3) != 1 or k.stride(3) != 1 or wanted.sums.device != q.device:
         return False
-    if mask is None:
-        return True
-    return mask.ndim == 4 and mask.stride(3) == 1 and mask.shape[3] == k.shape[2]
+    return mask_fits(mask, k.shape[2])
 
 
 class ColumnsCall:
@@ -151,7 +149,7 @@ class ColumnsCall:
             (q.stride(0), q.stride(2), k.stride(0), k.stride(2)),
             (
                 wanted.rows.start, wanted.queries.start, wanted.first, queries, k.shape[2], count,
-                heads // k.shape[1], words, chosen, *_steps(mask), scale * math.log2(math.e),
+                heads // k.shape[1], words, chosen, *mask_steps(mask), scale * math.log2(math.e),
             ),
             {
                 "SQH": q.stride(1), "SKH": k.stride(1), "MASK": kind,
@@ -164,11 +162,3 @@ class ColumnsCall:
     def __call__(self, q: Tensor, k: Tensor, mask: Tensor | None) -> None:
         """Add the columns of one call."""
         self.launch((q, k, *self.fixed, self.fixed[1] if mask is None else mask))
-
-
-def _steps(mask: Tensor | None) -> tuple[int, ...]:
-    """Return the strides of a mask's rows, heads and queries, 0 where it is broadcast."""
-    if mask is None:
-        return 0, 0, 0
-    sizes, steps = mask.shape[:3], mask.stride()[:3]
-    return tuple(0 if size == 1 else step for size, step in zip(sizes, steps, strict=True))

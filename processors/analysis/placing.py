@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -9,7 +10,7 @@ from torch import Tensor
 from attnctl.errors import HostError
 from attnctl.records import AttentionCall
 
-__all__ = ["Placing", "has_text", "place", "rows_of_mask"]
+__all__ = ["Placing", "has_text", "place", "rows_of_mask", "text_keys"]
 
 
 @dataclass(frozen=True)
@@ -76,3 +77,26 @@ def rows_of_mask(mask: Tensor | None, image: slice) -> Tensor | None:
     if mask is None or mask.ndim < 2 or mask.shape[-2] == 1:
         return mask
     return mask[..., image, :]
+
+
+def text_keys(
+    groups: Sequence[Sequence[int]], text: slice, site: object
+) -> tuple[tuple[int, ...], ...]:
+    """Return token positions counted over all keys of a call.
+
+    Args:
+        groups: positions in the text, counted from 0.
+        text: the keys of text.
+        site: of the call, for errors.
+
+    Raises:
+        HostError: if the text has fewer tokens.
+    """
+    length = text.stop - text.start
+    last = max((p for one in groups for p in one), default=0)
+    if last >= length:
+        raise HostError(
+            f"{site}: a word has the token position {last}, but there are {length} text "
+            "tokens here, counted from 0"
+        )
+    return tuple(tuple(text.start + p for p in one) for one in groups)

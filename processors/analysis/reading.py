@@ -15,12 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnctl.errors import HostError
 from attnctl.kernels.lse import Columns, ColumnSums, column_sums, parts_of
 from attnctl.processors.guidance.heads import head_indices
 from attnctl.records import AttentionCall
 
-from .placing import Placing, has_text, place, rows_of_mask
+from .placing import Placing, has_text, place, rows_of_mask, text_keys
 from .token_maps import Key, Positions, TokenMaps
 from .token_mass import columns_of, token_mass
 
@@ -137,7 +136,7 @@ class Reader:
         sums = self.maps.begin(key, (where.samples, parts), call.q.device)
         portions = []
         for start, stop, positions in _runs(self.maps, where.first, rows, where.samples):
-            words = _words(call, positions, where.text)
+            words = text_keys(positions, where.text, call.site)
             at = slice(where.rows.start + start, where.rows.start + stop)
             samples = range(where.first + start, where.first + stop)
             columns = Columns(
@@ -166,15 +165,3 @@ def _runs(
         stop = start + len(list(group))
         yield start, stop, positions
         start = stop
-
-
-def _words(call: AttentionCall, positions: Positions, text: slice) -> Positions:
-    """Return the words' positions counted over all keys."""
-    length = text.stop - text.start
-    last = max((p for word in positions for p in word), default=0)
-    if last >= length:
-        raise HostError(
-            f"{call.site}: a word has the token position {last}, but there are {length} text "
-            "tokens here, counted from 0"
-        )
-    return tuple(tuple(text.start + p for p in word) for word in positions)

@@ -38,7 +38,7 @@ from torch import Tensor
 
 from attnctl.control import register
 from attnctl.errors import HostError, OptionError
-from attnctl.processors.analysis.placing import Placing, has_text, place
+from attnctl.processors.analysis.placing import Placing, has_text, place, text_keys
 from attnctl.processors.guidance.heads import head_indices, put
 from attnctl.processors.windowed import Windowed
 from attnctl.records import AttentionCall
@@ -98,7 +98,7 @@ class Memory:
             count, many = rows.stop - rows.start, len(self.groups)
             prompts = [(where.first + i) * many // where.samples for i in range(count)]
             self.made[key] = tuple(
-                Groups.make([_keys(one[i], text, site) for i in prompts], device)
+                Groups.make([text_keys(one[i], text, site) for i in prompts], device)
                 for one in (self.groups, self.borders)
             )
         return self.made[key]
@@ -313,18 +313,6 @@ def _text_rest(part: AttentionCall, where: Placing, targets: Groups) -> Tensor:
     logits = columns(part, where.image, text)
     chosen = (text[:, :, None] == targets.keys[:, None]) & targets.real[:, None]
     return logits.masked_fill(chosen.any(-1)[:, None, :, None], -torch.inf).logsumexp(2)
-
-
-def _keys(groups: list[list[int]], text: slice, site: str) -> list[list[int]]:
-    """Return token positions counted over all keys of a call."""
-    length = text.stop - text.start
-    last = max((p for one in groups for p in one), default=0)
-    if last >= length:
-        raise HostError(
-            f"{site}: the token position {last} was asked for, but there are {length} text tokens "
-            "here, counted from 0"
-        )
-    return [[text.start + p for p in one] for one in groups]
 
 
 def _lost(
