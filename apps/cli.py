@@ -666,6 +666,10 @@ def search_heads(
     height: Annotated[int | None, typer.Option(metavar="PIXELS", help="Of the pictures.")] = None,
     width: Annotated[int | None, typer.Option(metavar="PIXELS", help="Of the pictures.")] = None,
     batch: Annotated[int, typer.Option(metavar="N", help="Rows per denoiser call.")] = 8,
+    slopes: Annotated[
+        float,
+        typer.Option(metavar="PART", help="Of halving's forwards, to screen; 0: scores alone."),
+    ] = 0.75,
     device: Device = "auto",
     dtype: Dtype = "auto",
     journal: Annotated[
@@ -690,7 +694,8 @@ def search_heads(
     call.update({k: v for k, v in (("height", height), ("width", width)) if v is not None})
     order = Order(
         model, objective, prompts, out, style, rounds, top_k, images, seed, perturbation, u,
-        scale, strategy, budget, pool, batch, call, device, dtype, journal, dry_run,  # type: ignore[arg-type]
+        scale, strategy, budget, pool, batch, slopes, call, device, dtype, journal,  # type: ignore[arg-type]
+        dry_run,
     )  # fmt: skip
     search(order, print)
 

@@ -41,6 +41,7 @@ class Order:
     budget: float = 0.05
     pool: str = "all"
     batch: int = 8
+    slopes: float = 0.75
     call: dict[str, Any] = field(default_factory=dict)
     device: str = "auto"
     dtype: str = "auto"
@@ -60,6 +61,7 @@ class Order:
             self.style,
             self.budget,
             self.batch,
+            self.slopes,
         )
 
     def _guidance(self) -> PerturbedGuidance:

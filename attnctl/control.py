@@ -12,7 +12,15 @@ import typing
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from .errors import OptionError, nearest
-from .records import AttentionCall, ForwardCall, LogitsCall, Reading, StepCall, WrittenRow
+from .records import (
+    AttentionCall,
+    ForwardCall,
+    LogitsCall,
+    Reading,
+    StepCall,
+    Watch,
+    WrittenRow,
+)
 from .schedule import Schedule
 
 if TYPE_CHECKING:
@@ -97,6 +105,16 @@ class Control:
         Asked, in the decoder of a language model, before `attend` in a forward that reads a
         prompt or a part of it, of a control that is alone at the first site. It saves the making
         of a call at each site, for which a decoder would wait. None if there is no shorter way.
+        """
+        return None
+
+    def watching(self, call: AttentionCall) -> Watch | None:
+        """Return what `attend` does to calls like this one, where it only looks at them.
+
+        Asked in a denoiser, before `attend`, of a control that is alone at a site. What is
+        returned then serves the site's later calls of the run, with the same rows, heads and
+        grid: it saves the making of a call, for which a GPU would wait. None if there is no
+        shorter way. A subclass that overrides `attend` overrides this too.
         """
         return None
 

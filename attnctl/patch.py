@@ -160,10 +160,7 @@ class Handle:
     def reset(self) -> None:
         """Begin a new run on a bare denoiser (it is noticed by itself when noise returns)."""
         for binding in self._denoisers():
-            bare = binding.bare
-            bare.index, bare._last_time = 0, None
-            bare.states.clear()
-            bare.steps.clear()
+            binding.bare.begin_anew()
 
     def report(self) -> Report:
         """Return what each control was given to touch and what it did touch so far."""

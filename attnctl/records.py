@@ -31,6 +31,7 @@ __all__ = [
     "Step",
     "StepCall",
     "Tokens",
+    "Watch",
     "WrittenRow",
 ]
 
@@ -501,6 +502,11 @@ class PromptCall(NamedTuple):
 Reading = Callable[[PromptCall], "Tensor | None"]
 """What is done to a prompt at a site: to the output [B, Nq, H, Dv], which may be that of the call,
 changed in place; or None, with nothing changed, where it must be asked in the usual way."""
+
+
+Watch = Callable[[Tensor, Tensor, "Tensor | None", "float | None"], bool]
+"""Looks at (q, k, mask, scale) of a call whose output stays the model's own; False, with nothing
+done, where the call is of another kind and must be asked in the usual way."""
 
 
 def STOCK(*_: Any) -> None:

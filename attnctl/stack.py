@@ -51,6 +51,7 @@ class Entry:
         self.attends = cls.plane("attend")
         self.denoises = cls.plane("denoise")
         self.decodes = cls.plane("decode")
+        self.watches = cls.plane("watching")
         self.schedule = self.control.schedule
         # sites of which all heads are selected: asked for at every call
         self.entire = {site for site, heads in self.selection.items() if bool(heads.all())}

@@ -13,6 +13,7 @@ import torch
 import attnctl
 from attnctl.apps.bench import steering_table
 from attnctl.apps.bench.tasks import Request, find_task, open_task
+from attnctl.assets.world import heldout_prompts
 from attnctl.errors import OptionError
 
 PAIR = ("a red circle and a blue square", "a green ring and a red cross")
@@ -80,6 +81,10 @@ def test_shards_of_the_command_are_joined(tmp_path: Path) -> None:
     assert rows[1]["controls"] == ["regulation:strength=0.5"]
     assert rows[1]["figures"]["log_prob"] != rows[0]["figures"]["log_prob"]
     other = json.loads(files[1].read_text())
+    assert other["prompts"] == heldout_prompts(2, 2, seed=0)
+    files[1].write_text(json.dumps({**other, "arms": arms[1:]}))  # as a table of other arms
+    both = steering_table.joined(files[::-1])
+    assert both["arms"] == [row["arm"] for row in both["rows"][1:]] == arms[::-1]
     other["settings"]["seed"] = 9
     files[1].write_text(json.dumps(other))
     with pytest.raises(OptionError, match="its settings or its stock differ"):

@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import functools
 import importlib.util
+import json
 import re
 import subprocess
 import sys
@@ -220,6 +221,49 @@ def test_the_steering_tables_are_current() -> None:
     files = {file.stem for file in tables.MEASURED.glob("*.json")}
     assert {found[2] for found in tables.TABLE.finditer(text)} == files
     assert tables.page(text) == text
+
+
+def test_prompts_that_come_again_are_not_counted_twice(tmp_path: Path) -> None:
+    """A file pooled with itself says nothing new; with other prompts the interval narrows."""
+    tables = script("make_steering")
+    tables.MEASURED = tmp_path
+    for name, first, guidance in (("one", 0, 5), ("other", 40, 5), ("strong", 40, 7)):
+        arms = {"stock": "01" * 20, "a": "0111" * 10, "placebo mild: a": "01" * 20, "b": "1" * 40}
+        rows = [
+            {
+                "arm": arm,
+                "hits": hits,
+                "controls": [] if arm == "stock" else [f"{arm[-1]}:scale=1"],
+            }
+            for arm, hits in arms.items()
+        ]
+        data = {
+            "model": "toy", "rows": rows, "prompts": [f"p{first + i}" for i in range(40)],
+            "settings": {"guidance_scale": guidance, "n": 40, "seed": first},
+        }  # fmt: skip
+        (tmp_path / f"{name}.json").write_text(json.dumps(data), encoding="utf-8")
+    alone, twice, more = (
+        tables.pooled(names) for names in (["one"], ["one", "one"], ["one", "other"])
+    )
+    gains = [
+        re.search(r"\| `a:scale=1` \| 75.0 \| (.*) \|", text)[1] for text in (alone, twice, more)
+    ]
+    assert gains[0].startswith("+25.0 [") and gains[0].endswith("10:0")
+    assert gains[1] == gains[0].replace("10:0", "20:0")
+    low = [float(gain.split("[")[1].split(",")[0]) for gain in gains]
+    assert low[0] == low[1] < low[2] < 25
+    assert "`a:scale=1` less its placebo `placebo mild: a:scale=1`: +25.0" in more
+    assert "80 pictures of 40 different prompts" in twice and "80 pictures of 80" in more
+    with pytest.raises(ValueError, match="cannot be pooled"):
+        tables.pooled(["one", "strong"])
+    head, _, line, *_ = tables.over("a:scale=1", ["one", "strong"]).splitlines()
+    assert head == "| less `a:scale=1` | guidance 5 | guidance 7 | together |"
+    gains = re.sub(r" \[.*?\]", "", line)
+    assert gains == "| `b:scale=1` | +25.0, 10:0 | +25.0, 10:0 | +25.0, 20:0 |"
+    apart, _, both = (float(low) for low in re.findall(r"\[([+-][\d.]+)", line))
+    assert apart < both < 25
+    once, twice = (tables.over("a:scale=1", ["one"] * n).splitlines()[2] for n in (1, 2))
+    assert once.count("|") == 3 and twice.count(re.search(r"\[.*?\]", once)[0]) == 3
 
 
 @pytest.mark.parametrize("name", attnctl.controls())

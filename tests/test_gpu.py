@@ -19,13 +19,7 @@ FAMILIES = ["sd1", "sdxl", "sd3", "sd35", "flux", "qwenimage", "wan", "hunyuanvi
 
 def call(pipe: Any, dtype: torch.dtype = torch.float32, **options: Any) -> torch.Tensor:
     made = zoo.get_family(pipe).call(pipe, **options)
-    return pipe(**{k: _put(v, dtype) for k, v in made.items()})[0].cpu()
-
-
-def _put(value: Any, dtype: torch.dtype) -> Any:
-    if not isinstance(value, torch.Tensor):
-        return value
-    return value.to("cuda", dtype if value.is_floating_point() else value.dtype)
+    return pipe(**zoo.placed(made, "cuda", dtype))[0].cpu()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -44,11 +45,13 @@ class Kernel:
         return run
 
 
-def made(found: Kernel, sizes: tuple[int, ...] = (32, 0), **constants: Any) -> Launch:
+def made(
+    found: Kernel, sizes: tuple[int, ...] = (32, 0), device: str = "cpu", **constants: Any
+) -> Launch:
     return Launch(
         found,
         (2, 1, 1),
-        torch.device("cpu"),
+        torch.device(device),
         "types",
         1,
         sizes,
@@ -97,6 +100,54 @@ def test_a_profiler_hears_of_every_launch(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(launch.knobs.runtime, "launch_enter_hook", lambda metadata: None)
     start((x, y), 3, 0.25)
     assert len(found.asked) == 2 and len(found.direct) == 1
+
+
+def test_a_launch_goes_to_the_stream_of_its_device_at_that_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now, found, x = {0: 10, 1: 20}, Kernel(), torch.zeros(64)
+    active = SimpleNamespace(get_current_stream=lambda index: now[index])
+    monkeypatch.setattr(launch, "driver", SimpleNamespace(active=active))
+    starts = [made(found, device=f"cuda:{index}") for index in (0, 1)]
+    for start in starts:
+        start((x, x), 3, 0.25)
+    assert len(found.asked) == 2  # each GPU has its own compiled kernel
+    for streams in ({0: 10, 1: 20}, {0: 11, 1: 21}, {0: 10, 1: 21}):
+        now |= streams
+        for index, start in enumerate(starts):
+            start((x, x), 3, 0.25)
+            assert found.direct[-1][3] == streams[index]
+    assert len(found.asked) == 2 and len(found.direct) == 6
+    made(found, device="cuda:1")((x, x), 3, 0.25)  # known there
+    made(found, device="cuda:2")((x, x), 3, 0.25)
+    assert len(found.asked) == 3 and len(found.direct) == 7
+
+
+def test_streams_and_devices_share_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is under way on one would be written over by the other."""
+    now = [3]
+    monkeypatch.setattr(kernel, "_ROOM", {})
+    monkeypatch.setattr(kernel, "stream_of", lambda device: now[0])
+    one, other = torch.device("cpu"), torch.device("meta")
+    first = kernel._room(one, 8)
+    assert kernel._room(one, 5) is first and kernel._room(other, 5)[0].device == other
+    now[0] = 4
+    second = kernel._room(one, 8)
+    assert second[0] is not first[0] and second[1] is not first[1]
+    now[0] = 3
+    assert kernel._room(one, 8) is first
+    parts, counts = kernel._room(one, 9)
+    assert len(parts) == 9 and not counts.any()
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_every_program_that_merges_has_a_count(many: bool) -> None:
+    _, counts = kernel._room(torch.device("cpu"), 1)
+    for programs in range(1, 2 * len(counts)):
+        for keys in (1, 700, 10_000, 1_000_000):
+            splits = kernel._splits(programs, keys, many)
+            assert splits == 1 or programs <= len(counts)
+            assert 1 <= splits <= kernel.MOST_SPLITS and splits <= max(1, keys)
 
 
 def test_rows_of_a_prompt_and_of_written_tokens(monkeypatch: pytest.MonkeyPatch) -> None:

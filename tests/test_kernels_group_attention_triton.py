@@ -210,6 +210,28 @@ def test_rows_of_a_prompt(
 
 
 @inside
+@pytest.mark.parametrize("edit", EDITS, ids=["raise", "move"])
+def test_a_single_row_of_a_prompt_is_split_as_a_written_one(
+    edit: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernel, "FEWEST_KEYS", 40)
+    monkeypatch.setattr(kernel, "_KNOWN", {})
+    n = 151
+    q, k, v = tensors(1, 2, n, 8, kv_heads=2, keys=n, dtype=torch.float32)
+    made, out = Edit(codes_of(1, n), **edit), torch.full((1, n, 2, 8), 7.0)
+    for column in (n - 1, 50):  # before some parts of the keys, too
+        rows = Rows(torch.tensor([column]).int(), torch.ones(1, 1, dtype=torch.int32))
+        assert edit_rows(q, k, v, out, made, rows, None, None, True)
+        exact, hit = wanted(q, k, v, made, None, True)
+        assert hit[:, :, column].all()
+        error = (out.transpose(1, 2).double() - exact)[:, :, column].abs().max()
+        assert error < CLOSE[torch.float32]
+    (call,) = kernel._KNOWN.values()
+    assert call.parts and call.attend.grid == (3, 2, 1)
+    assert (out == 7).all(-1).sum() == (n - 2) * 2
+
+
+@inside
 def test_rows_that_see_nothing_get_zeros() -> None:
     q, k, v = tensors(1, 2, 1, 8, keys=5, dtype=torch.float32)
     nothing = torch.zeros(1, 1, 1, 5, dtype=torch.bool)
@@ -229,13 +251,16 @@ def test_codes_of_keys(width: int, dtype: torch.dtype) -> None:
     sink = (phi(x, dims) >= tau) & (labels < 2) & (torch.arange(n) < limit)
     image = (labels == 1) | (labels == 3)
     exact = torch.where(image, 3 - sink.to(torch.uint8), sink.to(torch.uint8))
-    call = codes_call(x, dims, labels, tau, limit)
-    found = torch.empty_like(labels)
-    for stream in (torch.zeros_like(x), x):  # one layer after another
+    call = codes_call(x, dims, labels, tau, limit, 2)
+    found = []
+    for stream in (x, torch.zeros_like(x), x):  # one layer after another
         assert call.takes(stream) and not call.takes(x[:, 1:])
-        call(stream, found)
-    assert torch.equal(found, exact)
-    assert found.unique().tolist() == [0, 1, 2, 3]
+        found.append(call(stream))
+    assert torch.equal(found[0], exact) and torch.equal(found[2], exact)
+    assert len({codes.data_ptr() for codes in found}) == 3  # each in its own room
+    assert found[0].unique().tolist() == [0, 1, 2, 3]
+    for other in (x.repeat_interleave(2, 1)[:, ::2], x.double(), x.to("meta")):
+        assert other.shape == x.shape and not call.takes(other)
 
 
 CONTROLS: dict[str, dict[str, Any]] = {

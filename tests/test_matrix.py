@@ -235,8 +235,7 @@ def test_batch_equals_single_samples(name: str, passes: str) -> None:
 @pytest.mark.parametrize("name", ["sd1", "sd3", "flux", "wan"])
 def test_half_precision(name: str, dtype: torch.dtype) -> None:
     pipe = zoo.FAMILIES[name].build().to(dtype)
-    call = zoo.FAMILIES[name].call(pipe)
-    call = {k: v.to(dtype) if isinstance(v, Tensor) else v for k, v in call.items()}
+    call = zoo.placed(zoo.FAMILIES[name].call(pipe), "cpu", dtype)
     with attnctl.patch(pipe, attnctl.SoftPAG(scale=1.0)):
         out = pipe(**call)[0]
     with attnctl.patch(built(name), attnctl.SoftPAG(scale=1.0)):

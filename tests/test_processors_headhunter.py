@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
-import os
 import socket
-import subprocess
-import sys
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -17,17 +15,25 @@ import torch
 from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 
 import attnctl
+from attnctl.apps.bench.nursery import nursery
 from attnctl.assets import path
 from attnctl.assets.world import heldout_prompts
 from attnctl.errors import OptionError
 from attnctl.processors.headhunter import HeadHunter, HeadSet
 from attnctl.processors.headhunter.gradient import STRAIGHT, TURNS, gradient, halfway
 from attnctl.processors.headhunter.greedy import greedy
-from attnctl.processors.headhunter.halving import RIDGES, brief, effects, halving, turns
+from attnctl.processors.headhunter.halving import (
+    RIDGES,
+    brief,
+    corrected,
+    effects,
+    halving,
+    turns,
+)
 from attnctl.processors.headhunter.headset import site_table_hash
 from attnctl.processors.headhunter.objective import Custom, objective, objectives
 from attnctl.processors.headhunter.rows import RowStrengths, strengths
-from attnctl.processors.headhunter.thompson import thompson
+from attnctl.processors.headhunter.thompson import Belief, thompson
 from attnctl.processors.headhunter.trials import Trials
 
 HEADS = [(layer, head) for layer in range(4) for head in range(6)]
@@ -37,10 +43,6 @@ CALL: dict[str, Any] = {
     "max_sequence_length": 8,
 }
 PROMPTS = ["a red circle and a blue square", "a green ring", "a pink cross and a cyan diamond"]
-
-
-def nothing(found: Any) -> None:
-    pass
 
 
 def additive(values: dict[tuple[int, int], float], noise: float = 0.0) -> Any:
@@ -70,7 +72,7 @@ def shuffled_values() -> dict[tuple[int, int], float]:
 
 def test_greedy_finds_the_best_heads_of_an_additive_objective() -> None:
     values = shuffled_values()
-    rounds = greedy(additive(values), HEADS, 3, 2, nothing)
+    rounds = greedy(additive(values), HEADS, 3, 2)
     wanted = sorted(HEADS, key=lambda h: -values[h])[:6]
     assert [h for one in rounds for h in one.chosen] == wanted
     assert [len(one.scores) for one in rounds] == [24, 22, 20]
@@ -78,7 +80,7 @@ def test_greedy_finds_the_best_heads_of_an_additive_objective() -> None:
 
 def test_ties_go_to_the_lower_layer_then_head() -> None:
     flat = dict.fromkeys(HEADS, 1.0)
-    (found,) = greedy(additive(flat), list(reversed(HEADS)), 1, 3, nothing)
+    (found,) = greedy(additive(flat), list(reversed(HEADS)), 1, 3)
     assert found.chosen == ((0, 0), (0, 1), (0, 2))
 
 
@@ -93,8 +95,8 @@ def test_rounds_find_a_synergy_that_one_round_misses() -> None:
         ]
         return torch.tensor(rows)[:, None]
 
-    one = greedy(evaluate, HEADS, 1, 2, nothing)
-    two = greedy(evaluate, HEADS, 2, 1, nothing)
+    one = greedy(evaluate, HEADS, 1, 2)
+    two = greedy(evaluate, HEADS, 2, 1)
     assert one[0].chosen == ((0, 0), (1, 1))
     assert [r.chosen[0] for r in two] == [(0, 0), (3, 5)]
 
@@ -115,7 +117,7 @@ def test_halving_finds_them_within_its_budget(noise: float) -> None:
     values = shuffled_values()
     spent: list[int] = []
     each = each_of(additive(values, noise), spent)
-    rounds = halving(each, HEADS, 2, 3, nothing, count=96, pictures=8, steps=10)
+    rounds = halving(each, HEADS, 2, 3, count=96, pictures=8, steps=10)
     wanted = sorted(HEADS, key=lambda h: -values[h])
     chosen = {*rounds[0].chosen, *rounds[1].chosen}
     assert len(chosen & set(wanted[:6])) >= 5 and chosen <= set(wanted[:8])
@@ -135,7 +137,7 @@ def test_halving_is_not_led_astray_by_a_picture_that_falls_apart() -> None:
         return scores
 
     each = each_of(broken, [])
-    (only,) = halving(each, HEADS, 1, 6, nothing, count=240, pictures=8, steps=9)
+    (only,) = halving(each, HEADS, 1, 6, count=240, pictures=8, steps=9)
     assert len(set(only.chosen) & set(wanted)) >= 5
 
 
@@ -159,6 +161,49 @@ def test_effects_are_those_of_the_explicit_regression() -> None:
     torch.testing.assert_close(root @ root.T, errors[ridge] * inverse)
 
 
+def test_scores_correct_what_slopes_have_told() -> None:
+    """The posterior against its textbook form."""
+    source = torch.Generator().manual_seed(4)
+    heads = HEADS[:5]
+    mean = torch.randn(5, generator=source).double()
+    root = torch.rand(5, 5, generator=source).double() * 0.2
+    inside = (torch.rand(31, 5, generator=source) < 0.5).double()
+    gains = inside @ mean + 0.3 * torch.randn(31, generator=source).double()
+    told = Belief(dict(zip(heads, mean.tolist(), strict=True)), root)
+    found, spread = corrected(told)(inside, gains)
+    x, y = inside - inside.mean(0), gains - gains.mean()
+    noise = (y - x @ mean).square().mean()
+    prior = torch.linalg.inv(root @ root.T)
+    inverse = torch.linalg.inv(prior + x.T @ x / noise)
+    wanted = inverse @ (prior @ mean + x.T @ y / noise)
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(spread @ spread.T, inverse)
+    assert (found - mean).abs().max() > 0.05
+
+
+def test_halving_verifies_the_heads_that_slopes_are_not_sure_of() -> None:
+    """Slopes overrate three heads, underrate three others, and know where they may be wrong."""
+    values = shuffled_values()
+    order = sorted(HEADS, key=lambda h: -values[h])
+    off = {**dict.fromkeys(order[3:6], -6.0), **dict.fromkeys(order[6:9], 4.0)}
+    scores = {h: values[h] + off.get(h, 0.0) for h in HEADS}
+    errors = [5.0 if h in off else 0.1 for h in HEADS]
+    known = Belief(scores, torch.tensor(errors).double().diag())
+    assert not set(sorted(HEADS, key=lambda h: -scores[h])[:6]) & set(order[3:6])
+    seen: list[Any] = []
+
+    def each(candidates: Any, pictures: Any, steps: int) -> torch.Tensor:
+        seen.extend(heads for heads in candidates if heads)
+        return each_of(additive(values, 3.0), [])(candidates, pictures, steps)
+
+    (only,) = halving(
+        each, HEADS, 1, 6, count=90, pictures=8, steps=9, screened=known
+    )  # fmt: skip
+    assert set(only.chosen) == set(order[:6])
+    often = [sum(h in heads for heads in seen) for h in order]
+    assert len(seen) == 90 and min(often[:3]) > 75 and sum(often[12:]) == 0
+
+
 def test_fewer_heads_take_part_in_every_turn() -> None:
     assert turns(64, 8) == [64, 46, 32, 23, 16, 12]
     assert turns(6, 6) == [6] * 6 and turns(576, 15)[0] == 576
@@ -180,7 +225,7 @@ def test_sets_are_drawn_by_what_is_known_and_how_surely() -> None:
         mean = torch.tensor([values[head] for head in HEADS]).double()
         return mean, torch.eye(24).double() * 0.7
 
-    found = thompson(look, believe, HEADS, 4, [24, 24, 5], 300, 7)
+    found = thompson(look, believe, HEADS, 4, [24, 24, 5], 300, 7).scores
     assert found == values and len(seen) == 300
     often = [[sum(h in s for s in part) for h in HEADS] for part in (seen[:100], seen[100:])]
     assert max(often[0]) - min(often[0]) <= 2  # random sets, every head as often
@@ -207,7 +252,7 @@ def test_gradient_sees_harm_at_full_strength_and_bears_pictures_that_fall_apart(
         found[[i % 7 == 3 for i in range(len(rows))]] *= -1e5
         return found
 
-    found = gradient(slopes, HEADS, 2, 2, nothing, every=HEADS, count=90, pictures=6)
+    found = gradient(slopes, HEADS, 2, 2, every=HEADS, count=90, pictures=6)
     assert {h for one in found for h in one.chosen} == set(order[3:7])
     assert [len(one.scores) for one in found] == [24, 22] and sum(spent) == 90
     assert len(spent) == TURNS and max(spent) - min(spent) <= 1
@@ -228,7 +273,7 @@ def test_gradient_asks_what_a_head_does_beside_the_best() -> None:
         ]  # fmt: skip
         return torch.tensor(own).double() + torch.randn(len(own), 24, generator=noise) / 4
 
-    (found,) = gradient(slopes, HEADS, 1, 5, nothing, every=HEADS, count=120, pictures=6)
+    (found,) = gradient(slopes, HEADS, 1, 5, every=HEADS, count=120, pictures=6)
     assert found.chosen[0] == leader and set(found.chosen[1:]) == set(team)
     # at sets drawn blindly the team's mean slope is below the others'
     assert sum(near[:15]) < 5 and (sum(near[:15]) / 15) - 0.4 < 0.1
@@ -259,7 +304,7 @@ def test_slopes_are_read_off_halfway() -> None:
 
 
 def test_a_head_set_survives_its_files(tmp_path: Path) -> None:
-    rounds = greedy(additive(shuffled_values()), HEADS, 2, 2, nothing)
+    rounds = greedy(additive(shuffled_values()), HEADS, 2, 2)
     heads = tuple(h for one in rounds for h in one.chosen)
     found = HeadSet(
         heads, model="m", table="t", options={"u": 0.5, "scale": 2.0}, objective="world",
@@ -529,84 +574,103 @@ def test_forwards_are_counted_as_they_happen(pipe: Any) -> None:
 SEARCH: dict[str, Any] = {"rounds": 2, "top_k": 1, "pool": "L2H0-3", "batch": 3}
 
 
-@pytest.mark.parametrize("strategy", ["greedy", "halving", "gradient"])
+@pytest.mark.parametrize(
+    ("strategy", "budget", "gradients", "killed_in"),
+    [
+        ("greedy", 1, None, ["scores"]),
+        ("halving", 0.5, None, ["scores"]),
+        ("halving", 0.9, True, ["slopes", "scores"]),
+        ("gradient", 1, None, ["slopes"]),
+    ],
+)
 def test_a_killed_search_goes_on_to_the_same_result(
-    pipe: Any, strategy: Any, tmp_path: Path
+    pipe: Any,
+    strategy: Any,
+    budget: float,
+    gradients: bool | None,
+    killed_in: list[str],
+    tmp_path: Path,
 ) -> None:
-    budget, dies_at = {"greedy": (1, 3), "halving": (0.5, 3), "gradient": (1, 2)}[strategy]
+    """Killed once in each of its stages, all with one journal."""
+    call = {**CALL, "num_inference_steps": 1}
+    file = tmp_path / "scores.jsonl"
+    judged: list[str] = []
 
-    def hunter(judge: Any) -> HeadHunter:
-        return HeadHunter(judge, attnctl.SoftPAG(scale=3.0), strategy, budget=budget, **SEARCH)
+    def search(stage: str, **more: Any) -> HeadSet:
+        seen: list[str] = []
 
-    class Dies:
-        calls = 0
-
-        def __call__(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-            self.calls += 1
-            if self.calls == dies_at:
+        def red(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+            seen.append("slopes" if images.requires_grad else "scores")
+            if seen.count(stage) == 3:
                 raise KeyboardInterrupt
+            judged.extend(prompts)
             return objective("redness").score(images, prompts)
 
-    judge, file = Dies(), tmp_path / "scores.jsonl"
-    with pytest.raises(KeyboardInterrupt):
-        hunter(Custom(judge, "r")).search(pipe, PROMPTS, journal=file, progress=False, **CALL)
-    with file.open("ab") as torn:
-        torn.write(b'{"values": {"torn')  # the line that was being written
-    resumed = hunter(Custom(judge, "r")).search(
-        pipe, PROMPTS, journal=file, progress=False, **CALL
-    )
-    fresh = hunter(Custom(Dies.__call__.__get__(type("Never", (), {"calls": 999})()), "r")).search(
-        pipe, PROMPTS, progress=False, **CALL
-    )
+        judge = Custom(red, "r", gradients)
+        guidance = attnctl.SoftPAG(scale=3.0)
+        hunter = HeadHunter(judge, guidance, strategy, budget=budget, **SEARCH)
+        return hunter.search(pipe, PROMPTS, progress=False, **more, **call)
+
+    for stage in killed_in:
+        with pytest.raises(KeyboardInterrupt):
+            search(stage, journal=file)
+        with file.open("ab") as torn:
+            torn.write(b'{"values": {"torn')  # the line that was being written
+    resumed = search("never", journal=file)
+    with_kills = len(judged)
+    fresh = search("never")
+    assert with_kills == len(judged) - with_kills  # nothing is drawn twice
     assert resumed.heads == fresh.heads and resumed.rounds == fresh.rounds
     assert resumed.forwards == fresh.forwards
     assert not hasattr(pipe, "_attnctl") and "encode_prompt" not in pipe.__dict__
     with pytest.raises(OptionError, match="other settings \\(seeds\\)"):
-        hunter(Custom(judge, "r")).search(
-            pipe, PROMPTS, seeds=[9, 9, 9], journal=file, progress=False, **CALL
-        )
+        search("never", seeds=[9, 9, 9], journal=file)
 
 
-TWO = """
-import sys, torch
+TOGETHER = """
+import os
+os.environ.update(launched)
+import torch
 torch.set_num_threads(1)
 from diffusers import DiffusionPipeline
 from attnctl import HeadHunter, SoftPAG
 from attnctl.assets import path
 pipe = DiffusionPipeline.from_pretrained(path("tiny-sd3"))
-hunter = HeadHunter("redness", SoftPAG(scale=3.0), "greedy", rounds=2, top_k=1, pool="L2H0-3",
-                    batch=2)
-call = dict(num_inference_steps=3, guidance_scale=1.0, max_sequence_length=8)
-found = hunter.search(pipe, ["a red circle", "a green ring"], journal=sys.argv[1],
-                      progress=False, **call)
-found.save(sys.argv[2] + __import__("os").environ.get("RANK", "") + ".json")
+search = dict(rounds=2, top_k=1, pool="L2H0-3", batch=2)
+call = dict(num_inference_steps=2, guidance_scale=1.0, max_sequence_length=8, progress=False)
+prompts = ["a red circle", "a green ring"]
+hunter = HeadHunter("redness", SoftPAG(scale=3.0), "greedy", **search)
+hunter.search(pipe, prompts, journal=place + ".jsonl", **call).save(place + name + ".json")
+hunter = HeadHunter("redness", SoftPAG(scale=3.0), "halving", budget=1, **search)
+hunter.search(pipe, prompts, **call).save(place + name + "-screened.json")
 """
 
 
 def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
-    """Over gloo on the CPU, started as `accelerate launch` and torchrun start them."""
+    """Over gloo on the CPU, told of each other as by `accelerate launch` and torchrun."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    places = [str(tmp_path / name) for name in ("two.jsonl", "two")]
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2",
               "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}  # fmt: skip
-    pair = [
-        subprocess.Popen(
-            [sys.executable, "-P", "-c", TWO, *places],
-            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(2)
-    ]
-    assert [one.wait(timeout=240) for one in pair] == [0, 0]
-    first, second = (HeadSet.load(tmp_path / f"two{rank}.json") for rank in range(2))
-    alone = subprocess.run(
-        [sys.executable, "-P", "-c", TWO, str(tmp_path / "one.jsonl"), str(tmp_path / "one")],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=240,
-    )  # fmt: skip
-    assert alone.returncode == 0
-    one = HeadSet.load(tmp_path / "one.json")
-    assert first == second == one
+    pair = []
+    for rank in ("0", "1"):
+        launched = {**shared, "RANK": rank, "LOCAL_RANK": rank}
+        told = {"launched": launched, "place": str(tmp_path / "two"), "name": rank}
+        pair.append(nursery().Process(target=exec, args=(TOGETHER, told)))
+        pair[-1].start()
+    exec(TOGETHER, {"launched": {}, "place": str(tmp_path / "one"), "name": ""})
+    try:
+        for process in pair:
+            process.join(timeout=240)
+        assert [process.exitcode for process in pair] == [0, 0]
+    finally:
+        for process in pair:
+            process.kill()
+    for kind, strategy in (("", "greedy"), ("-screened", "halving")):
+        names = (f"{name}{kind}.json" for name in ("two0", "two1", "one"))
+        first, second, alone = (HeadSet.load(tmp_path / name) for name in names)
+        assert first == second == alone and alone.strategy == strategy
     lines = (tmp_path / "two.jsonl").read_text().splitlines()
     assert len(lines) == 1 + 4 + 3  # settings; batches of two for 8 and 6 pictures
 
@@ -622,10 +686,39 @@ def test_a_plan_says_what_the_search_takes(pipe: Any, strategy: Any) -> None:
     assert found.objective == "redness" and found.prompts == tuple(PROMPTS)
 
 
+@pytest.mark.parametrize(("slopes", "gradients"), [(0.75, True), (0.75, None), (0.0, True)])
+def test_halving_screens_where_gradients_are_known(
+    pipe: Any, slopes: float, gradients: bool | None
+) -> None:
+    """Two thirds of a slope's three passes are its backward."""
+    with_gradients: list[bool] = []
+
+    def red(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        with_gradients.append(images.requires_grad)
+        return objective("redness").score(images, prompts)
+
+    call = {**CALL, "num_inference_steps": 2}
+    judge = Custom(red, "red", gradients)
+    hunter = HeadHunter(judge, strategy="halving", budget=0.9, slopes=slopes, **SEARCH)
+    plan = hunter.plan(pipe, PROMPTS, **call)
+    found = hunter.search(pipe, PROMPTS, progress=False, **call)
+    # 74 of 84 forwards; of them 55 for slopes of 12 each, and 4 for each score
+    first = 4 if slopes and gradients else 0
+    assert 0 < sum(with_gradients) <= first if first else not any(with_gradients)
+    assert plan.greedy == 84 and plan.forwards == first * 12 + (74 - first * 12) // 4 * 4
+    assert found.forwards <= plan.forwards
+    small = dataclasses.replace(hunter, budget=0.4).plan(pipe, PROMPTS, **call)
+    assert small.forwards <= 0.4 * plan.greedy
+    if first:
+        larger = dataclasses.replace(hunter, batch=5).search(pipe, PROMPTS, progress=False, **call)
+        assert larger.heads == found.heads and larger.forwards == found.forwards
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"rounds": 0}, "rounds=0"),
+        ({"slopes": 1.0}, "slopes"),
         ({"strategy": "magic"}, "magic"),
         ({"budget": 0.0}, "budget"),
         ({"guidance": attnctl.SoftPAG(u=0.0)}, "perturbs nothing"),

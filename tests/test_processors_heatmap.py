@@ -19,6 +19,7 @@ import attnctl
 from attnctl import assets
 from attnctl.assets import world
 from attnctl.hosts import targets
+from attnctl.hosts.run import LOCAL
 from attnctl.kernels.lse import Columns
 from attnctl.processors.analysis import HeatMap, TokenMaps, reading, token_mass
 from attnctl.processors.analysis.overlay import overlay
@@ -253,6 +254,155 @@ def test_with_a_kernel_a_known_call_costs_one_start_and_no_operation(
     assert reader.maps.counts[Key((1, 3, 2))].tolist() == [2 + 2 + 1]
 
 
+def by_map(q: Tensor, k: Tensor, to: Columns, mask: Any, scale: Any) -> Any:
+    """Stand in for the kernel on a CPU."""
+
+    def add(q: Tensor, k: Tensor, mask: Tensor | None) -> None:
+        whole = oracles.softmax_map(q, k, mask, scale)[to.rows][:, :, to.queries]
+        found = (whole[..., to.keys] @ to.members.double()).sum(1).transpose(-1, -2)
+        to.sums[to.first : to.first + len(found), 0] += found.float()
+
+    return add
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Give HeatMap a kernel, and return where it is asked call by call."""
+    sites, stock = list[str](), HeatMap.attend
+
+    def attend(self: HeatMap, call: attnctl.AttentionCall) -> Tensor:
+        sites.append(call.site.name)
+        return stock(self, call)
+
+    monkeypatch.setattr(reading, "column_sums", by_map)
+    monkeypatch.setattr(HeatMap, "attend", attend)
+    return sites
+
+
+@pytest.mark.parametrize("name", ["sd1", "sd3", "wan"])
+def test_a_kernel_reads_a_run_and_the_control_is_asked_once(
+    name: str, asked: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe, steps = built(name), 3
+    stock = zoo.run(pipe, steps=steps)
+    runs: list[TokenMaps] = []
+    with attnctl.patch(pipe, HeatMap(WORDS, runs.append)) as handle:
+        for _ in range(2):  # each run has sums of its own
+            assert torch.equal(zoo.run(pipe, steps=steps), stock)
+        lines = handle.report().lines
+    sites = sum(line.sites for line in lines)
+    each = 2 if name == "wan" else 1  # conditional rows by themselves, and the others
+    assert len(asked) == 2 * each * sites
+    assert sum(line.calls for line in lines) == 2 * each * sites * steps
+    monkeypatch.setattr(reading, "column_sums", lambda *given: None)
+    with attnctl.patch(pipe, HeatMap(WORDS, runs.append)):
+        zoo.run(pipe, steps=steps)
+    first, second, want = (
+        runs[i : i + len(runs) // 3] for i in range(0, len(runs), len(runs) // 3)
+    )
+    assert torch.equal(common(first), common(second))
+    torch.testing.assert_close(common(first), common(want), rtol=1e-4, atol=1e-6)
+    for mine, other in zip(first, want, strict=True):
+        assert mine.tallies == other.tallies
+
+
+def test_a_watched_site_is_asked_again_when_others_act_there(asked: list[str]) -> None:
+    pipe, runs = built("sd1"), list[TokenMaps]()
+    with attnctl.patch(pipe, HeatMap(WORDS, runs.append)):
+        zoo.run(pipe, steps=4)
+    alone, sites = runs.pop(), len(asked)
+    first = HeatMap(WORDS, runs.append)
+    late = HeatMap(WORDS, lambda maps: None, start=0.5)
+    with attnctl.patch(pipe, first, late):
+        zoo.run(pipe, steps=4)
+    # once by itself, then both of them at two steps
+    assert len(asked) == sites + sites + 2 * 2 * sites
+    torch.testing.assert_close(common(runs), common([alone]), rtol=1e-6, atol=1e-7)
+
+
+def test_a_bare_denoiser_reads_each_run_by_itself(asked: list[str]) -> None:
+    unet = built("sd1").unet
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 4, 8, 12, generator=draw)
+    text = torch.randn(1, 10, unet.config.cross_attention_dim, generator=draw)
+    runs: list[TokenMaps] = []
+    with attnctl.patch(unet, HeatMap(WORDS, runs.append), steps=2) as handle, torch.no_grad():
+        for time in (900, 500, 900, 500):
+            unet(x, time, encoder_hidden_states=text)
+        handle.reset()
+        unet(x, 900, encoder_hidden_states=text)
+    assert len(runs) == 3 and runs[0].tallies == runs[1].tallies
+    assert torch.equal(common(runs[:1]), common(runs[1:2]))
+    halves = [[2 * count for count in tally] for tally in runs[2].tallies.values()]
+    assert halves == list(runs[0].tallies.values())
+
+
+def test_a_site_is_asked_again_where_a_text_has_another_length(
+    asked: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unet = built("sd1").unet
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 4, 8, 12, generator=draw)
+    text = torch.randn(1, 12, unet.config.cross_attention_dim, generator=draw)
+    runs: list[TokenMaps] = []
+    for _ in range(2):
+        with attnctl.patch(unet, HeatMap(WORDS, runs.append), steps=4), torch.no_grad():
+            for time, length in ((900, 10), (700, 12), (500, 12), (300, 12)):
+                unet(x, time, encoder_hidden_states=text[:, :length])
+        if len(runs) == 1:
+            assert len(asked) == 2 * len(set(asked)) > 0
+        monkeypatch.setattr(reading, "column_sums", lambda *given: None)
+    assert runs[0].tallies == runs[1].tallies
+    torch.testing.assert_close(common(runs[:1]), common(runs[1:]), rtol=1e-4, atol=1e-6)
+
+
+def test_a_run_that_fails_in_a_watch_leaves_nothing_behind(
+    asked: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe, runs, starts = built("sd1"), list[TokenMaps](), list[str]()
+
+    def failing(q: Tensor, k: Tensor, to: Columns, mask: Any, scale: Any) -> Any:
+        def add(*call: Any) -> None:
+            starts.append("")
+            if len(starts) > len(asked):  # not by way of the control
+                raise ZeroDivisionError
+
+        return add
+
+    stock = zoo.run(pipe, steps=3)
+    with attnctl.patch(pipe, HeatMap(WORDS, runs.append)):
+        monkeypatch.setattr(reading, "column_sums", failing)
+        with pytest.raises(ZeroDivisionError):
+            zoo.run(pipe, steps=3)
+        assert LOCAL.run is LOCAL.forward is LOCAL.inside is LOCAL.ref is None
+        monkeypatch.setattr(reading, "column_sums", by_map)
+        assert torch.equal(zoo.run(pipe, steps=3), stock)
+    assert torch.equal(zoo.run(pipe, steps=3), stock)
+    with attnctl.patch(pipe, HeatMap(WORDS, runs.append)):
+        zoo.run(pipe, steps=3)
+    assert torch.equal(common(runs[1:2]), common(runs[2:]))
+
+
+def test_a_watch_leaves_calls_of_another_kind_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "column_sums", by_map)
+    q, k, v = tensors(batch=1, tokens=6, keys=4)
+    reader = reader_of(HeatMap(), WORDS)
+    spans = attnctl.Spans((("image", 0, 6),), (("text", 0, 4),), (1, 2, 3))
+    watch = reader.watch(
+        attention_call(q, k, v, kind="cross", groups=("cond",), spans=spans, scale=0.5)
+    )
+    assert watch is not None and watch(q, k, None, 0.5)
+    before = reader.maps.sums[Key((1, 2, 3))].clone()
+    turned = q.transpose(1, 2).contiguous().transpose(1, 2)
+    mask = torch.ones(1, 1, 1, 4, dtype=torch.bool)
+    for other in (
+        (turned, k, None, 0.5), (q.float(), k, None, 0.5), (q, k[:, :, :3], None, 0.5),
+        (q, k, mask, 0.5), (q, k, None, None),
+    ):  # fmt: skip
+        assert not watch(*other)
+    assert torch.equal(reader.maps.sums[Key((1, 2, 3))], before) and before.any()
+
+
 def test_resolutions_are_weighted_by_their_maps_and_stay_in_range() -> None:
     maps = TokenMaps(("a",), (((0,),),))
     maps.add(Key((1, 2, 2)), 1, 0, torch.full((1, 1, 1, 4), 3 * 0.2), 3)
@@ -315,22 +465,29 @@ def test_maps_and_bit_exact_output_on_every_family(name: str) -> None:
         torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ["sd1", "sdxl", "pixart", "sd3", "wan"])
+ELSEWHERE = [
+    pytest.param(name, "cuda", dtype, marks=pytest.mark.gpu)
+    for name in ("sd1", "sdxl", "pixart", "sd3", "wan")
+    for dtype in (torch.float32, torch.bfloat16)
+]
+
+
+@pytest.mark.parametrize(("name", "place", "low"), [("sd1", "cpu", torch.bfloat16), *ELSEWHERE])
 def test_on_a_gpu_the_output_is_bit_equal_and_the_maps_are_those_of_a_cpu(
-    name: str, dtype: torch.dtype
+    name: str, place: str, low: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pipe = zoo.FAMILIES[name].build()
+    pipe, randn = zoo.FAMILIES[name].build(), torch.randn
+
+    def drawn(*size: Any, dtype: torch.dtype | None = None, **options: Any) -> Tensor:
+        """Draw in float32: other types get other numbers, how many depends on the torch."""
+        return randn(*size, dtype=torch.float32, **options).to(dtype or torch.float32)
+
+    monkeypatch.setattr(torch, "randn", drawn)
 
     def run(device: str, dtype: torch.dtype) -> Tensor:
         pipe.to(device, dtype)
         call = zoo.get_family(pipe).call(pipe)  # with a generator of its own
-        for key, value in call.items():
-            if isinstance(value, Tensor):
-                kind = dtype if value.is_floating_point() else value.dtype
-                call[key] = value.to(device, kind)
-        return pipe(**call)[0]
+        return pipe(**zoo.placed(call, device, dtype))[0]
 
     def maps(device: str, dtype: torch.dtype) -> Tensor:
         stock, runs = run(device, dtype), list[TokenMaps]()
@@ -338,9 +495,9 @@ def test_on_a_gpu_the_output_is_bit_equal_and_the_maps_are_those_of_a_cpu(
             assert torch.equal(run(device, dtype), stock)
         return common(runs)
 
-    on_cpu, on_gpu = maps("cpu", torch.float32), maps("cuda", dtype)
-    close = 2e-2 if dtype == torch.float32 else 0.1  # convolutions round to TF32
-    torch.testing.assert_close(on_gpu, on_cpu, rtol=close, atol=close * float(on_cpu.mean()))
+    want, got = maps("cpu", torch.float32), maps(place, low)
+    close = 2e-2 if low == torch.float32 else 0.1  # convolutions round to TF32
+    torch.testing.assert_close(got, want, rtol=close, atol=close * float(want.mean()))
 
 
 @pytest.mark.parametrize("name", ["sd1", "sd3", "flux", "wan"])

@@ -70,7 +70,7 @@ def searched(pipe: Any, name: str, scale: float, given: argparse.Namespace) -> t
             guidance = attnctl.SoftPAG(scale=scale, u=1.0)
             hunter = HeadHunter(
                 name, guidance, strategy, given.rounds, given.top_k, budget=given.budget,
-                batch=given.batch,
+                batch=given.batch, slopes=given.slopes,
             )  # fmt: skip
             seeds = range(seed, seed + len(prompts))
             made = hunter.search(pipe, prompts, seeds=seeds, progress=False, **CALL)
@@ -181,6 +181,7 @@ def main() -> None:
     parser.add_argument("--top-k", type=int, default=4)
     parser.add_argument("--batch", type=int, default=640)
     parser.add_argument("--budget", type=float, default=0.05)
+    parser.add_argument("--slopes", type=float, default=0.75, help="part of halving's forwards")
     parser.add_argument("--searches", type=int, default=3, help="by each strategy")
     parser.add_argument("--strategies", default=",".join(STRATEGIES))
     known = [setting_name(*one) for one in SETTINGS]
@@ -193,7 +194,8 @@ def main() -> None:
     given.out.mkdir(parents=True, exist_ok=True)
     pipe = load("tiny-sd3", dtype="float32")
     pipe.set_progress_bar_config(disable=True)
-    facts = {k: getattr(given, k) for k in ("n", "block", "rounds", "top_k", "budget", "searches")}
+    names = ("n", "block", "rounds", "top_k", "budget", "slopes", "searches")
+    facts = {k: getattr(given, k) for k in names}
     data: Facts = {**facts, "device": str(pipe.device), "torch": torch.__version__}
     if torch.cuda.is_available():
         data["device"] = torch.cuda.get_device_name()

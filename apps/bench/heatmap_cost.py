@@ -3,17 +3,20 @@
     python -m attnctl.apps.bench.heatmap_cost --model sd1-5 --model sdxl --out cost.json
 
 UNets of real shape with random weights draw one picture with CFG, or several (`--pictures 4`),
-as in `latent_cost`. Arms run in turn for many short rounds; the first steps of a run, in which
-what does not change is worked out, are left out:
+as in `latent_cost`. Arms run in turn, in another order in every round; the first steps of a run,
+in which what does not change is worked out, are left out:
 
 - stock: StableDiffusionPipeline;
 - tap: a control that is asked at every cross-attention site and only goes on;
 - every site: maps of two words read at every site and step, the default of `attnctl.HeatMap`;
 - up: at the sites of the second half only (heads="up");
-- torch: at every site, with the kernel switched off.
+- torch: at every site, with the kernel switched off; `--without torch` leaves it out.
 
-To read: "step / stock", by the medians of the steps, and by the least times, which other work on
-the processor disturbs less. On a CPU there is no kernel, and no peak of memory.
+To read: "paired / stock", which compares an arm's steps with stock's of the same round and takes
+the median over the rounds, so that other work on the processor, which comes and goes, falls on
+both; by the median step of a round and by its least. "range" is where the middle half of the
+rounds lies. "step / stock" and "least / stock" compare all steps at once. On a CPU there is no
+kernel, and no peak of memory.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ import argparse
 import contextlib
 import json
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -38,7 +41,7 @@ from attnctl.records import AttentionCall
 from .cost import Inputs
 from .latent_cost import WORDS, build, call_of, peak_of, pipelines
 
-__all__ = ["arms", "measure", "memory"]
+__all__ = ["arms", "figures", "measure", "memory", "order"]
 
 SKIPPED = 2
 """Steps of a run that are not timed."""
@@ -81,7 +84,13 @@ def without_kernel(off: bool) -> AbstractContextManager[Any]:
 
 
 def measure(
-    pipe: Any, inputs: Callable[[int], Inputs], *, steps: int, rounds: int, pictures: int = 1
+    pipe: Any,
+    inputs: Callable[[int], Inputs],
+    *,
+    steps: int,
+    rounds: int,
+    pictures: int = 1,
+    without: Collection[str] = (),
 ) -> dict[str, Any]:
     """Return by arm milliseconds a step and the ratios of the module docstring.
 
@@ -91,26 +100,55 @@ def measure(
         steps: of a run.
         rounds: timed runs after a warm one.
         pictures: drawn in one call.
+        without: arms that are left out.
     """
-    spent: dict[str, list[float]] = {}
+    every = {name: control for name, control in arms().items() if name not in without}
+    spent: dict[str, list[list[float]]] = {name: [] for name in every}
     peaks: dict[str, int] = {}
     options = call_of(pipe.unet, inputs, steps, pictures=pictures)
     for turn in range(rounds + 1):
-        for name, control in arms().items():
+        for name in order(list(every), turn):
             with without_kernel(name == TORCH):
-                peaks[name] = peak_of(pipe, control, options)
+                peaks[name] = peak_of(pipe, every[name], options)
             if turn:
-                spent.setdefault(name, []).extend(pipe.scheduler.milliseconds[SKIPPED - 1 :])
-    found: dict[str, Any] = {}
-    for name, times in spent.items():
-        least = sorted(times)[len(times) // 10]
-        found[name] = {"step_ms": statistics.median(times), "least_ms": least}
-        if peaks[name]:
-            found[name]["peak_gib"] = peaks[name] / 2**30
-    for row in found.values():
+                spent[name].append(pipe.scheduler.milliseconds[SKIPPED - 1 :])
+    found = figures(spent)
+    for name, peak in peaks.items():
+        if peak:
+            found[name]["peak_gib"] = round(peak / 2**30, 4)
+    return found
+
+
+def order(names: list[str], turn: int) -> list[str]:
+    """Return the arms in the order of a round: begun with each in turn, and then backwards."""
+    at = turn // 2 % len(names)
+    names = names[at:] + names[:at]
+    return names[::-1] if turn % 2 else names
+
+
+def figures(spent: dict[str, list[list[float]]]) -> dict[str, dict[str, Any]]:
+    """Return the figures of the arms.
+
+    Args:
+        spent: milliseconds of the steps by arm and round, the rounds in the same order.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for name, rounds in spent.items():
+        times = sorted(time for one in rounds for time in one)
+        row: dict[str, Any] = {
+            "step_ms": statistics.median(times),
+            "least_ms": times[len(times) // 10],
+        }
         for key in ("step", "least"):
-            row[f"{key} / stock"] = row[f"{key}_ms"] / found["stock"][f"{key}_ms"]
-    return {name: {k: round(v, 4) for k, v in row.items()} for name, row in found.items()}
+            row[f"{key} / stock"] = row[f"{key}_ms"] / found.get("stock", row)[f"{key}_ms"]
+        for key, of in (("paired", statistics.median), ("least paired", min)):
+            ratios = sorted(
+                of(mine) / of(stock) for mine, stock in zip(rounds, spent["stock"], strict=True)
+            )
+            row[f"{key} / stock"] = statistics.median(ratios)
+            row[f"{key} range"] = [round(ratios[len(ratios) * n // 4], 4) for n in (1, 3)]
+        found[name] = {k: v if isinstance(v, list) else round(v, 4) for k, v in row.items()}
+    return found
 
 
 def memory(pipe: Any, inputs: Callable[[int], Inputs]) -> dict[str, dict[str, float]]:
@@ -129,8 +167,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=("sd1-5", "sdxl", "sd-small"), action="append")
     parser.add_argument("--pictures", type=int, action="append", help="drawn in one call")
-    parser.add_argument("--steps", type=int, default=12, help="of a run")
-    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--steps", type=int, default=8, help="of a run")
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--without", choices=list(arms())[1:], action="append", default=[])
     parser.add_argument("--out", type=Path)
     given = parser.parse_args(arguments)
     if given.steps <= SKIPPED or given.rounds < 1:
@@ -143,20 +182,32 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "torch": torch.__version__,
         "dtype": str(dtype),
     }
+
+    def write() -> None:
+        if given.out is not None:
+            given.out.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+
     for name in given.model or ["sd-small"]:
         unet, inputs = build(name, device, dtype)
         pipe, _ = pipelines(unet, inputs)
         for pictures in given.pictures or [1]:
             case = name if pictures == 1 else f"{name}, {pictures} pictures"
             data[case] = {
+                "rounds": given.rounds,
+                "steps": given.steps,
                 "arms": measure(
-                    pipe, inputs, steps=given.steps, rounds=given.rounds, pictures=pictures
-                )
+                    pipe,
+                    inputs,
+                    steps=given.steps,
+                    rounds=given.rounds,
+                    pictures=pictures,
+                    without=given.without,
+                ),
             }
-            if device == "cuda" and pictures == 1:
-                data[case]["memory by side of the latents"] = memory(pipe, inputs)
-            if given.out:  # after every case: the next may not fit
-                given.out.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+            write()  # after every case: the next may not fit
+        if device == "cuda" and 1 in (given.pictures or [1]):
+            data[name]["memory by side of the latents"] = memory(pipe, inputs)
+            write()
     print(json.dumps(data, indent=1))
 
 

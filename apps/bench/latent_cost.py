@@ -9,31 +9,37 @@ have the grid) is learnt once:
 
 - stock: StableDiffusionPipeline;
 - heatmap: maps of two words read at every step;
-- a-star, attend-and-excite: ours, which move the latents at every step, once;
-- a-star, replayed: its gradient passes replayed as CUDA graphs;
+- a-star, attend-and-excite: ours, which move the latents at every step, once; every gradient
+  pass run by Python;
+- a-star, replayed; attend-and-excite, replayed: with gradient passes replayed as CUDA graphs, as
+  they are by default in long runs; an error where they cannot be. Not on a CPU;
 - a-star, checkpointed: with gradient checkpointing;
 - a-star, all at once: with several pictures, all of them in one gradient pass;
 - diffusers: its StableDiffusionAttendAndExcitePipeline, likewise once at every step.
 
 That pipeline knows no SDXL, but its loop and its attention processors know nothing about the
-size of a UNet either: a hook gives SDXL's UNet the pooled embeddings that the loop leaves out,
-in every arm, so that the rest is diffusers' own code.
+size of a UNet either: a subclass gives SDXL's UNet the pooled embeddings that the loop leaves
+out, in every arm, so that the rest is diffusers' own code. That pipeline keeps the graph of its
+last gradient pass, which is let go before the next run, so as not to count for its memory.
 
 To read: "step / diffusers", the milliseconds of a step against those of diffusers' pipeline, and
-"extra / diffusers", the same for the peak of memory less stock's peak. A run's second step, in
+"extra / diffusers", the same for the peak of memory less stock's peak; "extra reserved /
+diffusers" for the most memory that a run took from the device, "reserved_gib": recorded passes
+keep theirs between replays, of which "peak_gib" sees only what is in use. A run's second step, in
 which passes are recorded, has a column of its own, "second_ms"; "behind_ms" is how long the device
 still works at a step's end, when Python is done: near 0, the step waits for Python.
 
 With `--counts` each arm also gets what a step asks of Python: "operations", calls of PyTorch's
 operators, forward and backward; "launches", those of them that compute something, and are no
-views. On a GPU comes "reserved_gib", the most memory that a run took from the device: recorded
-passes keep theirs between replays, of which "peak_gib" sees only what is in use.
+views.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
+import gc
 import itertools
 import json
 import statistics
@@ -58,6 +64,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import attnctl
 
 from .cost import MODELS, Inputs, moved_to
+from .pooled import Pooled
 
 __all__ = ["counts", "growth", "measure", "moving", "pipelines"]
 
@@ -115,17 +122,13 @@ def pipelines(unet: nn.Module, inputs: Callable[[int], Inputs]) -> tuple[Any, An
     """Return the stock pipeline and diffusers' Attend-and-Excite around one UNet.
 
     Args:
-        unet: the UNet; it gets a hook if it needs more than a text sequence.
+        unet: the UNet; it becomes a `Pooled` if it needs more than a text sequence.
         inputs: makes its arguments for n rows.
     """
     if "added_cond_kwargs" in inputs(1):
-
-        def pooled(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-            rows = len(args[0] if args else kwargs["sample"])
-            added = inputs(rows)["added_cond_kwargs"]
-            return args, {**kwargs, "added_cond_kwargs": kwargs.get("added_cond_kwargs") or added}
-
-        unet.register_forward_pre_hook(pooled, with_kwargs=True)
+        whole: Any = unet
+        whole.__class__ = Pooled
+        whole.pooled = functools.cache(lambda rows: inputs(rows)["added_cond_kwargs"])
     # only its number of levels counts: latents are an eighth of the picture
     vae = AutoencoderKL(
         block_out_channels=(4,) * 4,
@@ -149,22 +152,28 @@ def pipelines(unet: nn.Module, inputs: Callable[[int], Inputs]) -> tuple[Any, An
     return both[0], both[1]
 
 
-def arms(pictures: int = 1) -> dict[str, attnctl.Control | None]:
-    """Return the controls by arm, None for none."""
+def arms(pictures: int = 1, cuda: bool = False) -> dict[str, attnctl.Control | None]:
+    """Return the controls by arm, None for none.
+
+    Args:
+        pictures: drawn in one call.
+        cuda: whether the arms come that only run there.
+    """
     once: dict[str, Any] = {"words": WORDS, "updates": 0}
     every: dict[str, attnctl.Control | None] = {
         "stock": None,
         "heatmap": attnctl.HeatMap(WORDS, sink=lambda maps: None),
-        "a-star": attnctl.AStar(**once),
+        "a-star": attnctl.AStar(**once, replay=False),
         "a-star, replayed": attnctl.AStar(**once, replay=True),
-        "a-star, checkpointed": attnctl.AStar(**once, checkpoint=True),
-        ALL: attnctl.AStar(**once, at_once=pictures),
-        "attend-and-excite": attnctl.AttendAndExcite(**once, stop=1.0),
+        "a-star, checkpointed": attnctl.AStar(**once, replay=False, checkpoint=True),
+        ALL: attnctl.AStar(**once, replay=False, at_once=pictures),
+        "attend-and-excite": attnctl.AttendAndExcite(**once, stop=1.0, replay=False),
+        "attend-and-excite, replayed": attnctl.AttendAndExcite(**once, stop=1.0, replay=True),
         THEIRS: None,
     }
     if pictures == 1:
         del every[ALL]  # as without
-    return every
+    return {name: arm for name, arm in every.items() if cuda or not name.endswith(", replayed")}
 
 
 def moving(steps: int, pictures: int = 1) -> dict[str, Any]:
@@ -184,6 +193,7 @@ def measure(
     steps: int,
     rounds: int,
     pictures: int = 1,
+    without: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Return by arm milliseconds a step, peak memory, and the ratios of the module docstring.
 
@@ -193,13 +203,16 @@ def measure(
         steps: of a run, the first of which is not timed.
         rounds: timed runs after a warm one.
         pictures: drawn in one call.
+        without: arms that are left out.
     """
     spent: dict[str, list[float]] = {}
-    peaks: dict[str, int] = {}
+    peaks: dict[str, tuple[int, int]] = {}
     second: dict[str, list[float]] = {}
     behind: dict[str, list[float]] = {}
     for turn in range(rounds + 1):
-        for name in arms(pictures):
+        for name in arms(pictures, both[0].unet.device.type == "cuda"):
+            if name in without:
+                continue
             peaks[name], clock = _run(both, inputs, name, steps, pictures)
             if turn:
                 spent.setdefault(name, []).extend(clock.milliseconds)
@@ -214,11 +227,21 @@ def measure(
 
 def _run(
     both: tuple[Any, Any], inputs: Callable[[int], Inputs], name: str, steps: int, pictures: int
-) -> tuple[int, Clock]:
-    """Run an arm and return its peak of memory, and the clock of its steps."""
+) -> tuple[tuple[int, int], Clock]:
+    """Run an arm and return its peaks of memory, in use and taken, and the clock of its steps."""
+    _let_go(both[1])
     pipe, more = (both[1], moving(steps, pictures)) if name == THEIRS else (both[0], {})
     options = {**call_of(pipe.unet, inputs, steps, pictures=pictures), **more}
-    return peak_of(pipe, arms(pictures)[name], options), pipe.scheduler
+    peak = peak_of(pipe, arms(pictures, cuda=True)[name], options)
+    reserved = torch.cuda.max_memory_reserved() if peak else 0
+    return (peak, reserved), pipe.scheduler
+
+
+def _let_go(theirs: Any) -> None:
+    """Free what diffusers' pipeline keeps: maps, with the graph of its last gradient pass."""
+    theirs.attention_store = None
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 # -- what a step consists of ------------------------------------------------------------------
@@ -248,7 +271,7 @@ _NO_WORK = {
 def counts(
     both: tuple[Any, Any], inputs: Callable[[int], Inputs], *, pictures: int = 1
 ) -> dict[str, dict[str, float]]:
-    """Return by arm the operations and launches of a step, and the memory that a run reserves.
+    """Return by arm the operations and launches of a step.
 
     Each is the difference of a run of four steps and one of three, so that what a run does once
     is left out.
@@ -259,17 +282,13 @@ def counts(
         pictures: drawn in one call.
     """
     found: dict[str, dict[str, float]] = {}
-    for name in arms(pictures):
+    for name in arms(pictures, both[0].unet.device.type == "cuda"):
         totals = []
         for steps in (3, 4):
             with Operations() as operations:
                 _run(both, inputs, name, steps, pictures)
             totals.append(operations.all)
         found[name] = {key: totals[1][key] - totals[0][key] for key in totals[0]}
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-            _run(both, inputs, name, 4, pictures)  # begins with a reset of the peaks
-            found[name]["reserved_gib"] = round(torch.cuda.max_memory_reserved() / 2**30, 4)
     return found
 
 
@@ -324,7 +343,7 @@ def peak_of(pipe: Any, control: attnctl.Control | None, options: dict[str, Any])
         return torch.cuda.max_memory_allocated() if cuda else 0
 
 
-def _figures(spent: dict[str, list[float]], peaks: dict[str, int]) -> dict[str, Any]:
+def _figures(spent: dict[str, list[float]], peaks: dict[str, tuple[int, int]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, times in spent.items():
         found[name] = {
@@ -332,15 +351,17 @@ def _figures(spent: dict[str, list[float]], peaks: dict[str, int]) -> dict[str, 
             "range_ms": [round(min(times), 3), round(max(times), 3)],
         }
         if peaks:
-            found[name]["peak_gib"] = round(peaks[name] / 2**30, 4)
+            for key, peak in zip(("peak_gib", "reserved_gib"), peaks[name], strict=True):
+                found[name][key] = round(peak / 2**30, 4)
     stock, theirs = found["stock"], found[THEIRS]
     for name, row in found.items():
         row["step / stock"] = round(row["step_ms"] / stock["step_ms"], 4)
         if name not in ("stock", "heatmap", THEIRS):
             row["step / diffusers"] = round(row["step_ms"] / theirs["step_ms"], 4)
             if peaks:
-                extra = [peaks[key] - peaks["stock"] for key in (name, THEIRS)]
-                row["extra / diffusers"] = round(extra[0] / extra[1], 4)
+                for which, key in enumerate(("extra / diffusers", "extra reserved / diffusers")):
+                    mine, most = (peaks[n][which] - peaks["stock"][which] for n in (name, THEIRS))
+                    row[key] = round(mine / most, 4)
     return found
 
 
@@ -349,8 +370,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=("sd1-5", "sdxl", "sd-small"), action="append")
     parser.add_argument("--pictures", type=int, action="append", help="drawn in one call")
-    parser.add_argument("--steps", type=int, default=5, help="of a run")
+    parser.add_argument("--steps", type=int, default=7, help="of a run")
     parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument(
+        "--without", metavar="ARM", action="append", default=[], choices=list(arms(2, cuda=True))
+    )
     parser.add_argument("--counts", action="store_true", help="and what a step consists of")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args(arguments)
@@ -368,10 +392,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for pictures in given.pictures or [1]:
             case = name if pictures == 1 else f"{name}, {pictures} pictures"
             found = measure(
-                both, inputs, steps=given.steps, rounds=given.rounds, pictures=pictures
-            )
+                both, inputs, steps=given.steps, rounds=given.rounds, pictures=pictures,
+                without=given.without,
+            )  # fmt: skip
             data[case] = {"arms": found}
+            _write(given.out, data)
             if device == "cuda" and pictures == 1:
+                _let_go(both[1])
                 data[case]["heat maps by side of the latents"] = growth(both[0], inputs)
             _write(given.out, data)  # after every case: the next may not fit
             if given.counts:

@@ -7,7 +7,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["Interval", "mcnemar", "mean_interval", "paired_interval", "ratio_interval"]
+__all__ = [
+    "Interval",
+    "mcnemar",
+    "mean_interval",
+    "median_interval",
+    "paired_interval",
+    "ratio_interval",
+]
 
 RESAMPLES = 4000
 
@@ -40,6 +47,14 @@ def mean_interval(values: np.ndarray, seed: int = 0) -> Interval:
     picks = np.random.default_rng(seed).integers(0, len(x), (RESAMPLES, len(x)))
     low, high = np.quantile(x[picks].mean(axis=1), (0.025, 0.975))
     return Interval(float(x.mean()), float(low), float(high))
+
+
+def median_interval(values: np.ndarray, seed: int = 0) -> Interval:
+    """Return the median of values [n] and the percentile bootstrap interval of it."""
+    x = np.asarray(values, dtype=np.float64)
+    picks = np.random.default_rng(seed).integers(0, len(x), (RESAMPLES, len(x)))
+    low, high = np.quantile(np.median(x[picks], axis=1), (0.025, 0.975))
+    return Interval(float(np.median(x)), float(low), float(high))
 
 
 def paired_interval(treated: np.ndarray, stock: np.ndarray, seed: int = 0) -> Interval:

@@ -14,8 +14,9 @@ Figures of an arm: the share of pictures that are exact; of those in which every
 is there, whatever else is; of those without a mixture, an object with the colour of one prompted
 object and the shape of another; log-probability, objects off and clipped pixels as quality.
 In a file, "hits" says of every prompt whether its picture is exact, so that any two arms can be
-paired.
-`--shard 2/8` runs the second eighth of the arms, `--join` puts the files of all into one.
+paired, and "prompts" which they are, so that files can be pooled (`docs/make_steering.py`).
+`--shard 2/8` runs the second eighth of the arms, `--join` puts the files of all into one, or those
+of other arms on the same pictures.
 """
 
 from __future__ import annotations
@@ -191,7 +192,9 @@ def _plain(interval: Interval) -> dict[str, float]:
 
 
 def joined(files: Sequence[Path]) -> dict[str, Any]:
-    """Return the shards of one table as one, arms in their order; stock is that of the first.
+    """Return the shards of one table as one, or several tables of the same prompts and noise.
+
+    Arms are in the order in which they were asked for; stock is that of the first file.
 
     Raises:
         OptionError: if their settings differ, or their stock does by more than `SLACK`.
@@ -207,7 +210,9 @@ def joined(files: Sequence[Path]) -> dict[str, Any]:
         if data["settings"] != first["settings"] or max(apart) > SLACK:
             raise OptionError(f"{file}: its settings or its stock differ from {files[0]}")
     rows = [row for data in every for row in data["rows"][1:]]
-    return {**first, "rows": [stock, *sorted(rows, key=lambda r: first["arms"].index(r["arm"]))]}
+    arms = list(dict.fromkeys(arm for data in every for arm in data["arms"]))
+    by_arm = sorted(rows, key=lambda row: arms.index(row["arm"]))
+    return {**first, "arms": arms, "rows": [stock, *by_arm]}
 
 
 def line(row: dict[str, Any]) -> str:
@@ -238,7 +243,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "model": given.model,
         "settings": {**task.settings, "n": given.n, "seed": given.seed},
         "device": torch.cuda.get_device_name() if task.model.device.type == "cuda" else "cpu",
+        "dtype": str(task.model.dtype).removeprefix("torch."),
         "versions": versions(),
+        "prompts": task.prompts,
         "arms": arms,
         "rows": [],
     }

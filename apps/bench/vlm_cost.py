@@ -4,8 +4,10 @@
 
 Decoders of real shape with random weights read a prompt with as many image tokens as the real
 model has, and write. The vision tower is left out: it costs the same in every arm, so that the
-ratios here are those of the decoder alone. Arms are run in turn; times are medians of the rounds,
-and so are ratios, each to stock in the same round:
+ratios here are those of the decoder alone. Every round runs all arms, in an order of its own;
+times are medians of the rounds, and so are ratios, each to stock in the same round, with the 95 %
+bootstrap interval of that median. Beside them the ratio of the least times of all rounds: what is
+left when the machine had nothing else to do. The arms:
 
 - stock: the model on sdpa;
 - neutral: patched with controls whose options are off;
@@ -20,19 +22,24 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList
 
 import attnctl
+
+from .statistics import median_interval
 
 __all__ = ["MODELS", "Shape", "measure"]
 
@@ -156,7 +163,13 @@ def arms() -> dict[str, tuple[attnctl.Control, ...]]:
 
 @torch.inference_mode()
 def measure(
-    model: Any, inputs: dict[str, Tensor], *, tokens: int, rounds: int, only: Sequence[str] = ()
+    model: Any,
+    inputs: dict[str, Tensor],
+    *,
+    tokens: int,
+    rounds: int,
+    only: Sequence[str] = (),
+    seconds: float = float("inf"),
 ) -> dict[str, Any]:
     """Return times and peak memory of every arm, and the ratios to stock.
 
@@ -166,15 +179,22 @@ def measure(
         tokens: to write.
         rounds: timed rounds after a warm one.
         only: names of the arms besides stock; all if empty.
+        seconds: no round begins after so many, but for the first three.
     """
+    start = time.perf_counter()
     spent: dict[str, list[tuple[float, float]]] = {}
     peaks: dict[str, float] = {}
     cuda = model.device.type == "cuda"
+    stacks = {
+        name: stack for name, stack in arms().items() if not only or name in ("stock", *only)
+    }
+    order = [*stacks]
     for turn in range(rounds + 1):
-        for name, stack in arms().items():
-            if only and name not in ("stock", *only):
-                continue
-            eager = name == "eager"
+        if turn > 3 and time.perf_counter() - start > seconds:
+            break
+        random.Random(turn).shuffle(order)  # nobody always comes after the same one
+        for name in order:
+            stack, eager = stacks[name], name == "eager"
             model.set_attn_implementation({"text_config": "eager" if eager else "sdpa"})
             inside: AbstractContextManager[Any] = (
                 attnctl.patch(model, *stack) if stack else nullcontext()
@@ -188,32 +208,40 @@ def measure(
             if cuda:
                 peaks[name] = torch.cuda.max_memory_allocated() / 2**30
     model.set_attn_implementation({"text_config": "sdpa"})
-    return _figures(spent, peaks, tokens)
+    return _figures({name: spent[name] for name in stacks}, peaks, tokens)
+
+
+class _Stamp(LogitsProcessor):
+    """Notes when the prompt has been read; the logits stay as they are."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.read = 0.0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return the scores."""
+        if not self.read:
+            self.read = _now(self.device)
+        return scores
 
 
 def _times(model: Any, inputs: dict[str, Tensor], tokens: int, maps: bool) -> tuple[float, float]:
     """Return the milliseconds of reading the prompt and those of writing after it."""
-    length = {"min_new_tokens": 1, "do_sample": False, "output_attentions": maps}
-    length |= {"return_dict_in_generate": True}
-
-    def write(n: int) -> float:
-        return _timed(
-            lambda: model.generate(**inputs, **{**length, "min_new_tokens": n}, max_new_tokens=n),
-            model.device,
-        )
-
-    reading = write(1)
-    return reading, write(tokens + 1) - reading
+    stamp, length = _Stamp(model.device), tokens + 1
+    start = _now(model.device)
+    model.generate(
+        **inputs, min_new_tokens=length, max_new_tokens=length, do_sample=False,
+        output_attentions=maps, return_dict_in_generate=True,
+        logits_processor=LogitsProcessorList([stamp]),
+    )  # fmt: skip
+    end = _now(model.device)
+    return 1e3 * (stamp.read - start), 1e3 * (end - stamp.read)
 
 
-def _timed(run: Callable[[], Any], device: torch.device) -> float:
+def _now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize()
-    start = time.perf_counter()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return 1e3 * (time.perf_counter() - start)
+    return time.perf_counter()
 
 
 def _figures(
@@ -231,11 +259,14 @@ def _figures(
         if name in peaks:
             found[name]["peak_gib"] = round(peaks[name], 4)
     for name, figures in found.items():
-        both = list(zip(spent[name], spent["stock"], strict=True))
-        reading = statistics.median(mine[0] / stock[0] for mine, stock in both)
-        writing = statistics.median(stock[1] / mine[1] for mine, stock in both)
-        figures["prefill_ms / stock"] = round(reading, 4)
-        figures["tokens_per_second / stock"] = round(writing, 4)
+        for side, key in enumerate(("prefill_ms", "tokens_per_second")):
+            mine, stock = ([times[side] for times in spent[who]] for who in (name, "stock"))
+            if side:  # a rate, so that more is better
+                mine, stock = stock, mine
+            ratio = median_interval(np.array(mine) / np.array(stock))
+            figures[f"{key} / stock"] = round(ratio.value, 4)
+            figures[f"{key} / stock, interval"] = [round(ratio.low, 4), round(ratio.high, 4)]
+            figures[f"{key} / stock, least times"] = round(min(mine) / min(stock), 4)
         if name in peaks:
             figures["peak_gib / stock"] = round(peaks[name] / peaks["stock"], 4)
     return found
@@ -245,8 +276,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=MODELS, default="small")
-    parser.add_argument("--tokens", type=int, default=64, help="to write")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=16, help="to write")
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="to spend on rounds")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--arms", default="", help="such as pai,var; default: all")
     parser.add_argument("--out", type=Path)
@@ -256,6 +288,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     shape = MODELS[given.model]
     model, inputs = build(shape, device, dtype), prompt(shape, given.batch, device)
     only = tuple(filter(None, given.arms.split(",")))
+    measured = measure(
+        model, inputs, tokens=given.tokens, rounds=given.rounds, only=only, seconds=given.seconds
+    )
     data = {
         "bench": "vlm",
         "model": given.model,
@@ -264,7 +299,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "transformers": version("transformers"),
         "image_tokens": shape.tokens,
         "batch": given.batch,
-        "arms": measure(model, inputs, tokens=given.tokens, rounds=given.rounds, only=only),
+        "written_tokens": given.tokens,
+        "arms": measured,
     }
     text = json.dumps(data, indent=1)
     print(text)

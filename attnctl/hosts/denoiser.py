@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import AttnctlWarning, ControlConflict, HostError
-from ..records import AttentionCall, ForwardCall, Rows, Site, Spans, Step
+from ..records import AttentionCall, ForwardCall, Rows, Site, Spans, Step, Watch
 from ..sites import Sites
 from ..stack import Entry, check_conflicts
 from . import tap
@@ -39,6 +39,7 @@ SLOT = "_attnctl"
 """Where a patched object keeps its binding; copies and pickles hold None there."""
 
 _NO_HEADS, _ALL = torch.empty(0), slice(None)
+_NOBODY: Any = None, None
 
 
 def binding_of(module: nn.Module) -> Binding | None:
@@ -439,11 +440,32 @@ class Forward:
 
     def wanting(self, site: int) -> tuple[Entry, ...]:
         """Return the entries whose attention plane acts at a site."""
-        return tuple([e for e in self.active if e.wants(site, self.rows)])
+        found = self._wanting.get(site)
+        if found is None:
+            found = tuple([e for e in self.active if e.wants(site, self.rows)])
+            self._wanting[site] = found
+        return found
+
+    @functools.cached_property
+    def _wanting(self) -> dict[int, tuple[Entry, ...]]:
+        """The same for every forward of a run with these rows and these entries at work."""
+        of = "wanting", self.rows, self._who
+        known: dict[int, tuple[Entry, ...]] = self.run.cache.setdefault(of, {})
+        return known
+
+    @functools.cached_property
+    def _who(self) -> tuple[int, ...]:
+        return tuple([entry.serial for entry in self.active])
 
     def attend(self, site: int, index: int, *call: Any, part: slice | None = None) -> Tensor:
         """Run the attention plane of one primitive call; see `tap._attend`."""
         q, k, v, mask, scale, is_causal, gqa, base = call
+        entry, watch = self.watches.get((site, index), _NOBODY)
+        if watch is not None:
+            if watch(q, k, mask, scale):
+                entry.calls[site] += 1
+                return base(*call[:-1])
+            del self.watches[site, index]  # a call of another kind: asked anew
         rest, where = self.wanting(site), self.binding.sites[site]
         if index and self._is_ip(where, index, q, k):
             rest = tuple(e for e in rest if "cross" in e.control.kinds)
@@ -465,8 +487,21 @@ class Forward:
             }
         )  # fmt: skip
         if len(rest) == 1 and part is None:
-            return rest[0].attend_alone(rest[0].alone(made))
+            entry = rest[0]
+            made = entry.alone(made)
+            if entry.watches and (site, index) not in self.watches:
+                self.watches[site, index] = entry, entry.control.watching(made)
+            return entry.attend_alone(made)
         return made.proceed()
+
+    @functools.cached_property
+    def watches(self) -> dict[tuple[int, int], tuple[Entry, Watch | None]]:
+        """What looks at the calls of a site, found at the first such call of a run."""
+        if not any(entry.watches for entry in self.active):
+            return {}
+        of = self._who, self.rows, self.geometry
+        known: dict[tuple[int, int], Any] = self.run.watches.setdefault(of, {})
+        return known
 
     @functools.cached_property
     def spread(self) -> bool:

@@ -72,6 +72,7 @@ class Run:
     last: Any = None  # binding of the denoiser that was called last
     calls_in_step: int = 0
     states: dict[int, Any] = field(default_factory=dict)
+    watches: dict[Any, dict[tuple[int, int], Any]] = field(default_factory=dict)
     steps: dict[int, set[int]] = field(default_factory=dict)  # by entry: its denoiser's
     cache: dict[Any, Any] = field(default_factory=dict)
     initial_latents: Tensor | None = None
@@ -122,13 +123,18 @@ class Run:
         sigma_of = None if self.scheduler is None else self._sigma
         return Step(self.index, self.count, timestep, sigma_of)
 
+    def begin_anew(self) -> None:
+        """Forget what belongs to the run before, of a bare denoiser."""
+        self.index, self._last_time = 0, None
+        self.states.clear()
+        self.watches.clear()
+        self.steps.clear()
+
     def _follow_time(self, time: float) -> None:
         last = self._last_time
         if last is not None and time != last:
             if time > last:
-                self.index = 0
-                self.states.clear()
-                self.steps.clear()
+                self.begin_anew()
             else:
                 self.index += 1
             self.calls_in_step = 0

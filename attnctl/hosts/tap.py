@@ -36,7 +36,7 @@ from .parallel import attend_whole
 from .run import LOCAL
 
 if TYPE_CHECKING:
-    from .denoiser import Binding, Forward
+    from .denoiser import Binding
 
 __all__ = [
     "SiteRef",
@@ -245,9 +245,9 @@ def _tapped_sdpa(
                 query, key, value, attn_mask, scale, is_causal, enable_gqa,
                 LOCAL.site, _next_index(), "sdpa",
             )  # fmt: skip
-    elif LOCAL.ref is not None:
+    elif (ref := LOCAL.ref) is not None:
         return _attend(
-            LOCAL.ref, _next_index(),
+            ref, _next_index(),
             query, key, value, attn_mask, scale, is_causal, enable_gqa, _sdpa,
         )  # fmt: skip
     return functional.scaled_dot_product_attention(
@@ -354,14 +354,11 @@ def _tokens_first(stock: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return base
 
 
-def _acting(ref: SiteRef) -> Forward | None:
-    """Return the forward that controls take part in, None if the call goes on as it is."""
-    binding, forward = ref.binding(), LOCAL.forward
-    if binding is not None and forward is not None and forward.binding is binding:
-        return forward
+def _check_bypass(ref: SiteRef) -> None:
+    """Refuse a call outside any forward that controls take part in, where they should."""
+    binding = ref.binding()
     if binding is not None and LOCAL.inside is not binding:
         binding.bypassed()
-    return None
 
 
 def _attend(ref: SiteRef, index: int, *call: Any, part: slice | None = None) -> Tensor:
@@ -369,8 +366,9 @@ def _attend(ref: SiteRef, index: int, *call: Any, part: slice | None = None) -> 
 
     Under context parallelism `part` says which heads of the site these are.
     """
-    forward = _acting(ref)
-    if forward is None:
+    forward = LOCAL.forward
+    if forward is None or forward.binding is not ref.binding():
+        _check_bypass(ref)
         return call[-1](*call[:-1])
     # a control may itself call attention: that one must not come back here
     before, LOCAL.ref = LOCAL.ref, None
@@ -396,8 +394,11 @@ def _whole(
         stock: the original on such a call, with the config as one more argument.
         config: diffusers' ParallelConfig.
     """
-    forward = _acting(ref)
-    if forward is None or not forward.wanting(ref.index):
+    forward = LOCAL.forward
+    if forward is None or forward.binding is not ref.binding():
+        _check_bypass(ref)
+        return stock(*call, config)
+    if not forward.wanting(ref.index):
         return stock(*call, config)
     base = _tokens_first(stock)
 

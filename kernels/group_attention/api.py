@@ -120,7 +120,9 @@ def _call(
     return kernels.rows_call(q, k, v, edit, rows, mask, scale, causal)
 
 
-def codes_call(hidden: Tensor, dims: Tensor, labels: Tensor, tau: float, limit: int) -> Any:
+def codes_call(
+    hidden: Tensor, dims: Tensor, labels: Tensor, tau: float, limit: int, layers: int = 1
+) -> Any:
     """Return what writes the codes of tokens (`spikes.CodesCall`), None if that cannot be.
 
     Args:
@@ -129,8 +131,9 @@ def codes_call(hidden: Tensor, dims: Tensor, labels: Tensor, tau: float, limit: 
         labels: uint8 [B, N]: 0 text, 1 image, 2 padding, 3 image tokens that are never sinks.
         tau: least phi of a sink.
         limit: tokens from this one on are never sinks.
+        layers: how many layers will ask for codes.
     """
     kernels = kernels_on(hidden.device, _TRITON)
     if kernels is None or hidden.dtype not in DTYPES or hidden.stride(2) != 1:
         return None
-    return kernels.CodesCall(hidden, dims, labels, tau, limit)
+    return kernels.CodesCall(hidden, dims, labels, tau, limit, layers)

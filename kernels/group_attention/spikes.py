@@ -39,6 +39,11 @@ def sink_codes_kernel(
     tl.store(Codes + i_b * n_tokens + i_n, code.to(tl.uint8))
 
 
+def _power_of_two(n: int) -> int:
+    """Return the first one from n on; Triton's own takes longer than all else of a call."""
+    return 1 << (n - 1).bit_length()
+
+
 class CodesCall:
     """Writes the codes of tokens, at one layer after another that reads a stream of one shape.
 
@@ -48,12 +53,14 @@ class CodesCall:
         labels: uint8 [B, N]: 0 text, 1 image, 2 padding, 3 image tokens that are never sinks.
         tau: least phi of a sink.
         limit: tokens from this one on are never sinks.
+        layers: how many will ask, to make room for their codes at once.
     """
 
     def __init__(
-        self, hidden: Tensor, dims: Tensor, labels: Tensor, tau: float, limit: int
+        self, hidden: Tensor, dims: Tensor, labels: Tensor, tau: float, limit: int, layers: int
     ) -> None:
         batch, n, width = hidden.shape
+        self.layers, self.room = layers, list[Tensor]()
         self.kind = hidden.shape, hidden.stride(), hidden.dtype, hidden.device
         self.given, self.numbers = (dims, labels), (limit, float(tau))
         self.launch = Launch(
@@ -61,8 +68,7 @@ class CodesCall:
             hidden.stride()[:2], (labels.stride(0), n, torch.finfo(torch.float32).tiny),
             {
                 "N_DIMS": dims.shape[0], "WIDTH": width,
-                "BS": triton.next_power_of_2(dims.shape[0]),
-                "BD": min(1024, triton.next_power_of_2(width)),
+                "BS": _power_of_two(dims.shape[0]), "BD": min(1024, _power_of_two(width)),
             },
         )  # fmt: skip
 
@@ -70,11 +76,15 @@ class CodesCall:
         """Whether a layer's stream is of the shape and layout that this was made for."""
         return (hidden.shape, hidden.stride(), hidden.dtype, hidden.device) == self.kind
 
-    def __call__(self, hidden: Tensor, out: Tensor) -> None:
-        """Write the codes: 1 text sink, 2 image sink, 3 other image token, else 0.
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Return the codes [B, N]: 1 text sink, 2 image sink, 3 other image token, else 0.
 
         Args:
             hidden: [B, N, width], of a shape that `takes` takes.
-            out: uint8 [B, N], contiguous.
         """
+        if not self.room:
+            shape = (self.layers, *hidden.shape[:2])
+            self.room += torch.empty(shape, dtype=torch.uint8, device=hidden.device)
+        out = self.room.pop()
         self.launch((hidden, *self.given, out), *self.numbers)
+        return out

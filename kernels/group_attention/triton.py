@@ -32,14 +32,14 @@ from .spikes import CodesCall
 
 __all__ = ["INTERPRETED", "CodesCall", "RowsCall", "rows_call", "tensors_fit"]
 
-MOST_PROGRAMS, FEWEST_KEYS = 128, 256
-"""For written tokens: programs are split over the keys up to so many (about one for each
-multiprocessor), while each has so many keys."""
+MOST_PROGRAMS, FEWEST_KEYS = 256, 128
+"""For rows that fill one program of a key head, as a written token's do: programs are split over
+the keys up to so many (about two for each multiprocessor), while each has so many keys."""
 
 MOST_IN_PROMPT, FEWEST_IN_PROMPT = 512, 512
-"""The same for rows of a prompt, where long ones wait for the GPU."""
+"""The same for more rows of a prompt, where long ones wait for the GPU."""
 
-MOST_SPLITS = 16
+MOST_SPLITS = 32
 """Most parts of a row's keys: one program puts them together, one after another."""
 
 MOST_ROWS, KEYS, WARPS = 16, 64, 4
@@ -306,7 +306,7 @@ class RowsCall:
         padded = max(16, 1 << (width - 1).bit_length())
         block = 16 if n_rows * group <= 16 else MOST_ROWS
         blocks = _parts(n_rows * group, block)
-        splits = _splits(blocks * n_kv * batch, n_k, rows is not None)
+        splits = _splits(blocks * n_kv * batch, n_k, rows is not None and blocks > 1)
         per_split = 64 * _parts(n_k, 64 * splits) if splits > 1 else n_k
         splits = _parts(n_k, per_split)
         size = batch * n_rows * heads * splits * (3 * padded + 8)
@@ -375,9 +375,9 @@ def _parts(total: int, most: int) -> int:
     return -(-total // most)
 
 
-def _splits(programs: int, n_k: int, prompt: bool) -> int:
+def _splits(programs: int, n_k: int, many: bool) -> int:
     """Return into how many parts the keys are split."""
     most, fewest = MOST_PROGRAMS, FEWEST_KEYS
-    if prompt:
+    if many:
         most, fewest = MOST_IN_PROMPT, FEWEST_IN_PROMPT
     return max(1, min(most // programs, n_k // fewest, MOST_SPLITS))

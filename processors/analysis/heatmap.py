@@ -27,7 +27,7 @@ from torch import Tensor
 
 from attnctl.errors import HostError
 from attnctl.processors.windowed import Windowed
-from attnctl.records import AttentionCall
+from attnctl.records import AttentionCall, Watch
 from attnctl.words.prompts import prompts_of
 
 from .reading import Reader
@@ -92,6 +92,11 @@ class HeatMap(Windowed):
         assert self.sink is not None
         self.sink(maps)
         return Reader(maps, self.role, self.name)
+
+    def watching(self, call: AttentionCall) -> Watch | None:
+        """Return what reads calls like this one, where kernels do."""
+        watch: Watch | None = call.state.watch(call)
+        return watch
 
     def __str__(self) -> str:
         return super().__str__() if self.sink is None else str(replace(self, sink=None))

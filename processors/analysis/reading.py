@@ -17,7 +17,7 @@ from torch import Tensor
 
 from attnctl.kernels.lse import Columns, ColumnSums, column_sums, parts_of
 from attnctl.processors.guidance.heads import head_indices
-from attnctl.records import AttentionCall
+from attnctl.records import AttentionCall, Spans, Watch
 
 from .placing import Placing, has_text, place, rows_of_mask, text_keys
 from .token_maps import Key, Positions, TokenMaps
@@ -51,6 +51,7 @@ class Plan:
 
     Args:
         facts: what the plan holds for.
+        spans: where the call's tokens lie.
         heads: the control's heads of the site.
         portions: the rows to read; none where the call has no row of the role, or no text.
         chosen: indices of the heads, None for all.
@@ -61,6 +62,7 @@ class Plan:
     """
 
     facts: tuple[Any, ...]
+    spans: Spans
     heads: Tensor
     portions: tuple[Portion, ...] = ()
     chosen: Tensor | None = None
@@ -68,6 +70,10 @@ class Plan:
     where: Placing | None = None
     key: Key = _NOWHERE
     tally: list[int] = field(default_factory=list)
+
+    def fits(self, call: AttentionCall, facts: tuple[Any, ...]) -> bool:
+        """Whether it is the plan of a call."""
+        return self.heads is call.heads and self.facts == facts and self.spans == call.spans
 
 
 @dataclass(eq=False)
@@ -87,23 +93,43 @@ class Reader:
 
     def read(self, call: AttentionCall) -> None:
         """Add the maps of a call's rows, if it has any of the role and keys of text."""
-        q, k, mask = call.q, call.k, call.mask
-        facts = (
-            call.spans, q.shape, k.shape, q.stride(), k.stride(), q.dtype, k.dtype, q.device,
-            call.scale, None if mask is None else (mask.shape, mask.stride(), mask.dtype),
-        )  # fmt: skip
-        rows = call.rows
-        kind = call.site.index, call.index, rows.groups, rows.n
-        plan = self.plans.get(kind)
-        if plan is None or plan.heads is not call.heads or plan.facts != facts:
-            plan = self.plans[kind] = self._plan(call, facts)
+        plan = self._plan_of(call)
         for portion in plan.portions:
             if portion.kernel is None:
                 self._read(call, plan, portion)
             else:
-                portion.kernel(q, k, mask)
+                portion.kernel(call.q, call.k, call.mask)
                 for sample in portion.samples:
                     plan.tally[sample] += plan.each
+
+    def watch(self, call: AttentionCall) -> Watch | None:
+        """Return what reads calls like this one, None where kernels alone do not."""
+        plan = self._plan_of(call)
+        facts, tally, each = plan.facts, plan.tally, plan.each
+        kernels = [portion.kernel for portion in plan.portions if portion.kernel is not None]
+        samples = [sample for portion in plan.portions for sample in portion.samples]
+        if len(kernels) < len(plan.portions):
+            return None
+
+        def watch(q: Tensor, k: Tensor, mask: Tensor | None, scale: float | None) -> bool:
+            if _facts(q, k, mask, scale) != facts:
+                return False
+            for kernel in kernels:
+                kernel(q, k, mask)
+            for sample in samples:
+                tally[sample] += each
+            return True
+
+        return watch
+
+    def _plan_of(self, call: AttentionCall) -> Plan:
+        """Return the plan of a call, made anew where something changed."""
+        facts, rows = _facts(call.q, call.k, call.mask, call.scale), call.rows
+        kind = call.site.index, call.index, rows.groups, rows.n
+        plan = self.plans.get(kind)
+        if plan is None or not plan.fits(call, facts):
+            plan = self.plans[kind] = self._plan(call, facts)
+        return plan
 
     def _read(self, call: AttentionCall, plan: Plan, portion: Portion) -> None:
         """Add a portion's maps in torch."""
@@ -125,7 +151,7 @@ class Reader:
     def _plan(self, call: AttentionCall, facts: tuple[Any, ...]) -> Plan:
         where = place(call, self.role, self.control) if has_text(call) else None
         if where is None:
-            return Plan(facts, call.heads)
+            return Plan(facts, call.spans, call.heads)
         chosen = head_indices(call)
         heads = call.q.shape[1] if chosen is None else chosen.shape[0]
         site, kept, each = "", tuple[int, ...](), heads
@@ -145,7 +171,16 @@ class Reader:
             kernel = column_sums(call.q, call.k, columns, call.mask, call.scale)
             portions.append(Portion(at, samples, words, kernel))
         tally = self.maps.tallies[key]
-        return Plan(facts, call.heads, tuple(portions), chosen, each, where, key, tally)
+        shape = facts, call.spans, call.heads
+        return Plan(*shape, tuple(portions), chosen, each, where, key, tally)
+
+
+def _facts(q: Tensor, k: Tensor, mask: Tensor | None, scale: float | None) -> tuple[Any, ...]:
+    """Return what a kernel is made for."""
+    of_mask = None if mask is None else (mask.shape, mask.stride(), mask.dtype)
+    return (
+        q.shape, k.shape, q.stride(), k.stride(), q.dtype, k.dtype, q.device, scale, of_mask,
+    )  # fmt: skip
 
 
 def _parts(call: AttentionCall, rows: int, where: Placing, heads: int) -> int:

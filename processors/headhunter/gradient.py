@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 
 from .headset import Head, Round
-from .rank import Report, best, told
-from .thompson import thompson
+from .rank import best, rounded, told
+from .thompson import Belief, thompson
 
-__all__ = ["Slopes", "gradient", "halfway", "shortened"]
+__all__ = ["Slopes", "gradient", "halfway", "screening", "shortened"]
 
 Slopes = Callable[[Sequence[tuple[Head, ...]], Sequence[int]], Tensor]
 """`slopes(sets, pictures) -> [n, P]`: set i on picture i, see `Trials.slopes`."""
@@ -44,7 +44,6 @@ def gradient(
     pool: Sequence[Head],
     rounds: int,
     top_k: int,
-    report: Report,
     *,
     every: Sequence[Head],
     count: int,
@@ -57,19 +56,49 @@ def gradient(
         pool: the heads that may be chosen.
         rounds: R.
         top_k: k.
-        report: called for every round.
+        every: the heads in the order of the slopes' columns.
+        count: pictures to draw.
+        pictures: different pictures.
+    """
+    keep = rounds * top_k
+    scores = screening(slopes, pool, keep, every=every, count=count, pictures=pictures).scores
+    return told(best(scores, keep), scores, rounds, top_k)
+
+
+def screening(
+    slopes: Slopes,
+    pool: Sequence[Head],
+    keep: int,
+    *,
+    every: Sequence[Head],
+    count: int,
+    pictures: int,
+) -> Belief:
+    """Return what slopes tell of the heads.
+
+    Rows count in units of their turn's median length (see `shortened`). What comes of them is
+    multiplied by the median length of all rows, so that it compares with gains in the score.
+
+    Args:
+        slopes: slopes of all heads of the model on top of sets.
+        pool: the heads that may be chosen.
+        keep: heads that are sought.
         every: the heads in the order of the slopes' columns.
         count: pictures to draw.
         pictures: different pictures.
     """
     columns = [every.index(head) for head in pool]
+    lengths: list[Tensor] = []
 
     def look(sets: Sequence[tuple[Head, ...]], drawn: Sequence[int]) -> Tensor:
-        return shortened(slopes(sets, drawn)[:, columns])
+        rows = slopes(sets, drawn)[:, columns]
+        lengths.append(rows.norm(dim=1))
+        return shortened(rows)
 
-    keep, sizes = rounds * top_k, [len(pool)] * TURNS
-    scores = thompson(look, halfway, pool, keep, sizes, count, pictures)
-    return told(best(scores, keep), scores, rounds, top_k, report)
+    sizes = [len(pool)] * TURNS
+    scores, spread = thompson(look, halfway, pool, keep, sizes, count, pictures)
+    unit = rounded(float(torch.cat(lengths).median()))
+    return Belief({head: rounded(unit * x) for head, x in scores.items()}, unit * spread)
 
 
 def halfway(inside: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,14 +14,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .headset import Head, Round
-from .rank import Evaluate, Report, best, means
+from .rank import Evaluate, best, means
 
 __all__ = ["greedy"]
 
 
-def greedy(
-    evaluate: Evaluate, pool: Sequence[Head], rounds: int, top_k: int, report: Report
-) -> list[Round]:
+def greedy(evaluate: Evaluate, pool: Sequence[Head], rounds: int, top_k: int) -> list[Round]:
     """Search by the paper's algorithm.
 
     Args:
@@ -29,7 +27,6 @@ def greedy(
         pool: the heads, at least `rounds * top_k`.
         rounds: R.
         top_k: k.
-        report: called after every round.
     """
     found: list[Round] = []
     chosen: tuple[Head, ...] = ()
@@ -38,5 +35,4 @@ def greedy(
         scores = means(left, evaluate([(*chosen, head) for head in left]))
         found.append(Round(best(scores, top_k), scores))
         chosen += found[-1].chosen
-        report(found[-1])
     return found

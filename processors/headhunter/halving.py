@@ -8,6 +8,10 @@ take part in every regression; what it leaves open is what the next sets are dra
 Scores are compared with the same picture without guidance. Outliers are pulled in: a picture
 that falls apart says that something is wrong, but not how wrong to how many digits.
 
+Where the objective has gradients, a screening by slopes comes first (see gradient.py): a backward
+tells of all heads at once what takes scores of many sets. Scores then verify: they are drawn where
+the slopes leave it open, and correct them by as much as the slopes' own errors allow.
+
 This is ours, not the paper's. Halving follows Jamieson and Talwalkar, "Non-stochastic Best Arm
 Identification and Hyperparameter Optimization", 2016 (arXiv 1502.07943), algorithm 1, in more
 and smaller steps; sets in place of single arms are group testing.
@@ -22,10 +26,10 @@ import torch
 from torch import Tensor
 
 from .headset import Head, Round
-from .rank import Report, best, told
-from .thompson import thompson
+from .rank import best, told
+from .thompson import Belief, Believe, thompson
 
-__all__ = ["brief", "effects", "halving", "turns"]
+__all__ = ["brief", "corrected", "effects", "halving", "turns"]
 
 EvaluateEach = Callable[[Sequence[tuple[Head, ...]], Sequence[int], int], Tensor]
 """`evaluate(sets, pictures, steps) -> [n]`: set i on picture i, see `Trials.each`."""
@@ -57,11 +61,11 @@ def halving(
     pool: Sequence[Head],
     rounds: int,
     top_k: int,
-    report: Report,
     *,
     count: int,
     pictures: int,
     steps: int,
+    screened: Belief | None = None,
 ) -> list[Round]:
     """Search by turns; all heads are found together and told in rounds, the best first.
 
@@ -70,10 +74,10 @@ def halving(
         pool: the heads.
         rounds: R.
         top_k: k.
-        report: called for every round.
         count: pictures to draw with sets, beside one without for each different picture.
         pictures: different pictures.
         steps: of each.
+        screened: what slopes have told of the heads, as gains; None for scores alone.
     """
     base = evaluate([()] * pictures, range(pictures), steps)
 
@@ -82,8 +86,9 @@ def halving(
 
     keep = rounds * top_k
     sizes = turns(len(pool), keep)
-    scores = thompson(look, effects, pool, keep, sizes, count, pictures)
-    return told(best(scores, keep), scores, rounds, top_k, report)
+    believe = effects if screened is None else corrected(screened)
+    scores = thompson(look, believe, pool, keep, sizes, count, pictures, screened).scores
+    return told(best(scores, keep), scores, rounds, top_k)
 
 
 def effects(inside: Tensor, gains: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,6 +118,25 @@ def effects(inside: Tensor, gains: Tensor) -> tuple[Tensor, Tensor]:
     factor = torch.linalg.cholesky(x.T @ x + ridge * eye)
     root = torch.linalg.solve_triangular(factor.T, eye, upper=True)
     return vt.T @ (s / (s**2 + ridge) * along), math.sqrt(error(ridge)) * root
+
+
+def corrected(screened: Belief) -> Believe:
+    """Return how scores correct slopes: Bayesian regression with the slopes as the prior."""
+    mean = torch.tensor(list(screened.scores.values()), dtype=torch.float64)
+    eye = torch.eye(len(mean), dtype=torch.float64)
+
+    def believe(inside: Tensor, gains: Tensor) -> tuple[Tensor, Tensor]:
+        x, y = inside - inside.mean(0), gains - gains.mean()
+        rest = y - x @ mean
+        # of what the slopes leave open: that of the scores and of the slopes themselves
+        noise = rest.square().mean().clamp(min=1e-30)
+        # heads = mean + spread @ z, and z is standard normal before the scores are seen
+        seen = x @ screened.spread
+        factor = torch.linalg.cholesky(eye + seen.T @ seen / noise)
+        root = screened.spread @ torch.linalg.solve_triangular(factor.T, eye, upper=True)
+        return mean + root @ (root.T @ (x.T @ rest)) / noise, root
+
+    return believe
 
 
 def _clipped(gains: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from attnctl.processors.guidance.perturbed import PerturbedGuidance
 from attnctl.processors.guidance.softpag import SoftPAG
 
 from .crew import Crew
-from .gradient import gradient
+from .gradient import gradient, screening
 from .greedy import greedy
 from .halving import brief, halving
 from .headset import Head, HeadSet, Round, site_table_hash
@@ -72,13 +72,16 @@ class HeadHunter:
             `f(images, prompts) -> scores`, or an `Objective`.
         guidance: the perturbation, its strength u and its scale.
         strategy: "greedy" is the paper's; "halving" draws short pictures with sets of heads,
-            every turn among fewer; "gradient" takes slopes through such runs.
+            every turn among fewer, after a screening by slopes where the objective has
+            gradients; "gradient" takes slopes through such runs only.
         rounds: R.
         top_k: k, heads added per round.
         pool: selector of the heads that may be chosen.
         style: put in front of every prompt, "style, prompt".
         budget: part of the greedy search's forwards that the other strategies may take.
         batch: rows per pipeline call.
+        slopes: of halving's forwards, the part of the screening; 0 for scores alone. Only where
+            the objective is known to have gradients.
     """
 
     objective: str | Objective | Callable[..., Any]
@@ -90,6 +93,7 @@ class HeadHunter:
     style: str = ""
     budget: float = 0.05
     batch: int = 8
+    slopes: float = 0.75
 
     def __post_init__(self) -> None:
         for name in ("rounds", "top_k", "batch"):
@@ -101,6 +105,8 @@ class HeadHunter:
             )
         if not 0 < self.budget <= 1:
             raise OptionError(f"HeadHunter: budget={self.budget} is outside (0, 1]")
+        if not 0 <= self.slopes < 1:
+            raise OptionError(f"HeadHunter: slopes={self.slopes} is outside [0, 1)")
         if self.guidance.u == 0 or self.guidance.scale == 0:
             raise OptionError(f"HeadHunter: {self.guidance} perturbs nothing")
 
@@ -119,21 +125,26 @@ class HeadHunter:
         sizes = [len(pool) - r * self.top_k for r in range(self.rounds)]
         full = sum(sizes) * pictures * trials.steps * trials.passes
         if self.strategy == "greedy":
-            cost = full
-        elif self.strategy == "halving":
-            cost = (pictures + self._count(trials)) * brief(trials.steps) * trials.passes
-        else:
-            cost = self._count(trials) * brief(trials.steps) * trials.slope_passes
-        return Plan(len(pool), pictures, cost, full)
+            return Plan(len(pool), pictures, full, full)
+        slopes, scores = self._counts(trials)
+        stock = pictures if scores else 0
+        passes = slopes * trials.slope_passes + (scores + stock) * trials.passes
+        return Plan(len(pool), pictures, passes * brief(trials.steps), full)
 
-    def _count(self, trials: Trials) -> int:
-        """The pictures with head sets that the budget allows gradient or halving."""
+    def _counts(self, trials: Trials) -> tuple[int, int]:
+        """The pictures with head sets that the budget allows: with slopes, with scores alone."""
         heads = len(self._pool(trials))
         sizes = sum(heads - r * self.top_k for r in range(self.rounds))
         allowed = int(self.budget * sizes * len(trials.prompts) * trials.steps) * trials.passes
+        steps = brief(trials.steps)
+        slope, score = steps * trials.slope_passes, steps * trials.passes
         if self.strategy == "gradient":
-            return max(1, allowed // (brief(trials.steps) * trials.slope_passes))
-        return max(1, allowed // (brief(trials.steps) * trials.passes) - len(trials.prompts))
+            return max(1, allowed // slope), 0
+        part = self.slopes if trials.objective.differentiable else 0.0
+        # what is left is for every picture without heads, and for one with
+        room = allowed - (len(trials.prompts) + 1) * score
+        slopes = max(0, min(int(part * allowed), room)) // slope
+        return slopes, max(1, (allowed - slopes * slope) // score - len(trials.prompts))
 
     def _pool(self, trials: Trials) -> list[Head]:
         selection = trials.sites.select(self.pool, self.guidance.kinds)
@@ -202,17 +213,24 @@ class HeadHunter:
         return self._result(trials, rounds)
 
     def _search(self, trials: Trials, pool: list[Head]) -> list[Round]:
-        common = (pool, self.rounds, self.top_k, lambda found: None)
+        common = (pool, self.rounds, self.top_k)
         if self.strategy == "greedy":
             return greedy(trials.score, *common)
-        count, pictures, steps = self._count(trials), len(trials.prompts), brief(trials.steps)
-        if self.strategy == "halving":
-            return halving(trials.each, *common, count=count, pictures=pictures, steps=steps)
+        pictures, steps = len(trials.prompts), brief(trials.steps)
+        sloped, scored = self._counts(trials)
 
         def slopes(sets: Sequence[tuple[Head, ...]], drawn: Sequence[int]) -> Tensor:
-            return trials.slopes(sets, drawn, steps)
+            # what switching a head on gains, to first order
+            return self.guidance.u * trials.slopes(sets, drawn, steps)
 
-        return gradient(slopes, *common, every=trials.pool, count=count, pictures=pictures)
+        by_slopes: Any = {"every": trials.pool, "count": sloped, "pictures": pictures}
+        if self.strategy == "gradient":
+            return gradient(slopes, *common, **by_slopes)
+        keep = self.rounds * self.top_k
+        known = screening(slopes, pool, keep, **by_slopes) if sloped else None
+        return halving(
+            trials.each, *common, count=scored, pictures=pictures, steps=steps, screened=known
+        )
 
     def _trials(
         self,

@@ -35,8 +35,8 @@ class Objective:
     """On the command line."""
     takes: ClassVar[str] = ""
     """What comes after the colon, empty for nothing."""
-    differentiable: bool = True
-    """Whether gradients with respect to the pictures flow."""
+    differentiable: bool | None = True
+    """Whether gradients with respect to the pictures flow; None where nobody has said."""
 
     def __init_subclass__(cls, **more: Any) -> None:
         super().__init_subclass__(**more)
@@ -66,10 +66,18 @@ class Custom(Objective):
         function: `f(images, prompts) -> scores`, as `Objective.score`; a list of numbers will
             do, but then there are no gradients.
         name: what head sets call it.
+        differentiable: whether it has gradients; None if that is not known: the strategy
+            `gradient` tries, `halving` does without.
     """
 
-    def __init__(self, function: Callable[..., Any], name: str = "") -> None:
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        name: str = "",
+        differentiable: bool | None = None,
+    ) -> None:
         self.function = function
+        self.differentiable = differentiable
         self.label = name or f"{function.__module__}:{getattr(function, '__qualname__', '?')}"
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:

@@ -1,4 +1,4 @@
-"""What the strategies share: ranking heads, and the numbers a strategy reports."""
+"""What the strategies share: ranking heads, and telling those found together as rounds."""
 
 from __future__ import annotations
 
@@ -8,13 +8,10 @@ from torch import Tensor
 
 from .headset import Head, Round
 
-__all__ = ["Evaluate", "Report", "best", "means", "rounded", "told"]
+__all__ = ["Evaluate", "best", "means", "rounded", "told"]
 
 Evaluate = Callable[..., Tensor]
 """`evaluate(candidates, pictures=None, steps=None) -> scores [C, m]`, see `Trials.score`."""
-
-Report = Callable[[Round], None]
-"""Called after every round."""
 
 DIGITS = 6
 
@@ -39,7 +36,7 @@ def means(heads: Sequence[Head], scores: Tensor) -> dict[Head, float]:
 
 
 def told(
-    order: Sequence[Head], scores: Mapping[Head, float], rounds: int, top_k: int, report: Report
+    order: Sequence[Head], scores: Mapping[Head, float], rounds: int, top_k: int
 ) -> list[Round]:
     """Return heads that were found together as rounds, the best first.
 
@@ -48,12 +45,10 @@ def told(
         scores: of all heads; a round keeps those of the heads that were left.
         rounds: R.
         top_k: k.
-        report: called for every round.
     """
     found: list[Round] = []
     for r in range(rounds):
         before = set(order[: r * top_k])
         left = {head: score for head, score in scores.items() if head not in before}
         found.append(Round(tuple(order[r * top_k : (r + 1) * top_k]), left))
-        report(found[-1])
     return found

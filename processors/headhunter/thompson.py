@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from torch import Tensor
 from .headset import Head
 from .rank import best, rounded
 
-__all__ = ["Believe", "Look", "in_turn", "random_sets", "thompson"]
+__all__ = ["Belief", "Believe", "Look", "in_turn", "random_sets", "thompson"]
 
 Look = Callable[[Sequence[tuple[Head, ...]], Sequence[int]], Tensor]
 """`look(sets, pictures) -> [m, ...]`: what is seen of set i on picture i."""
@@ -33,6 +34,15 @@ Believe = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """
 
 
+class Belief(NamedTuple):
+    """What is known of the heads."""
+
+    scores: dict[Head, float]
+    """By head, in the order of the pool."""
+    spread: Tensor
+    """[P, P] float64, a root of their covariance."""
+
+
 def thompson(
     look: Look,
     believe: Believe,
@@ -41,8 +51,9 @@ def thompson(
     sizes: Sequence[int],
     count: int,
     pictures: int,
-) -> dict[Head, float]:
-    """Return the value of every head after all turns.
+    known: Belief | None = None,
+) -> Belief:
+    """Return what is known of the heads after all turns.
 
     Args:
         look: what is seen of sets.
@@ -52,6 +63,7 @@ def thompson(
         sizes: for each turn, how many of the heads that look best take part.
         count: pictures to draw, at least one; every turn has an equal share.
         pictures: different pictures.
+        known: what is known before; None for nothing, then the first sets are random.
     """
     source = random.Random(0)
     # a set leaves out at least as many as it holds
@@ -60,12 +72,12 @@ def thompson(
     cuts = [count * t // len(sizes) for t in range(len(sizes) + 1)]
     inside = torch.empty(0, len(pool), dtype=torch.float64)
     seen: list[Tensor] = []
-    scores = dict.fromkeys(pool, 0.0)
-    spread = torch.zeros(len(pool), len(pool), dtype=torch.float64)
+    nothing = torch.zeros(len(pool), len(pool), dtype=torch.float64)
+    scores, spread = known or Belief(dict.fromkeys(pool, 0.0), nothing)
     for heads, start, stop in zip(sizes, cuts[:-1], cuts[1:], strict=True):
         if start == stop:
             continue
-        if seen:
+        if seen or known:
             left = best(scores, max(heads, size))
             sets = [_drawn(scores, spread, left, size, source) for _ in range(start, stop)]
         else:
@@ -75,7 +87,7 @@ def thompson(
         inside = torch.cat([inside, torch.tensor(rows, dtype=torch.float64)])
         mean, spread = believe(inside, torch.cat(seen))
         scores = dict(zip(pool, map(rounded, mean.tolist()), strict=True))
-    return scores
+    return Belief(scores, spread)
 
 
 def _drawn(

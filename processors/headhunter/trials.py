@@ -171,7 +171,7 @@ class Trials:
         Raises:
             OptionError: if the objective has no gradients.
         """
-        if not self.objective.differentiable:
+        if self.objective.differentiable is False:
             raise OptionError(
                 f"objective {self.objective} has no gradients: use the strategy halving or greedy"
             )
@@ -216,7 +216,7 @@ class Trials:
             if not total.requires_grad:
                 raise OptionError(
                     f"no gradients come through {type(self.pipe).__name__} and the objective "
-                    f"{self.objective}: use the strategy halving or greedy"
+                    f"{self.objective}: use the strategy greedy, or halving with slopes=0"
                 )
             # inside the patch: checkpointed blocks run again now
             found = torch.autograd.grad(total, list(leaves.values()), materialize_grads=True)

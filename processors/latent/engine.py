@@ -38,7 +38,7 @@ from attnctl.processors.windowed import Windowed
 from attnctl.records import AttentionCall, ForwardCall, Rows, Step
 from attnctl.words.prompts import prompts_of
 
-from . import recorded
+from . import recordable, recorded
 from .maps import Grid, Seen, image_rows, of_sample, seen, sharpened, smoothed, text_maps
 from .recorded import Recorder
 from .targets import Positions, Target, content_of, targets_of
@@ -139,6 +139,7 @@ class State:
         ends_at: those at which the pass under way ends; None to run to the model's end.
         may_end: whether passes may, found out once: the walk through thousands of modules takes
             milliseconds, as many as some steps do.
+        unknown: what keeps the model from being recorded unasked, likewise.
         weights: the denoiser's, listed once for the same reason.
         seen: queries and text keys of the pass under way, by site.
         image_sites: those whose image keys are used.
@@ -147,7 +148,7 @@ class State:
         skipped: (step, sample) whose gradient was not finite.
         account: what the report says about the run.
         passes: gradient passes so far.
-        recorded: those that are replayed.
+        recorded: those that are recorded, and replayed.
     """
 
     targets: list[tuple[Target, ...]]
@@ -158,6 +159,7 @@ class State:
     ends: dict[int, tuple[int, int]] = field(default_factory=dict)
     ends_at: tuple[int, int] | None = None
     may_end: bool | None = None
+    unknown: str | None = None
     weights: list[Tensor] | None = None
     seen: dict[int, list[Seen]] = field(default_factory=dict)
     image_sites: tuple[int, ...] = ()
@@ -206,7 +208,7 @@ class LatentControl(Windowed):
             less time where the GPU waits for Python. All of them where another control acts on
             every row of the pass, which may be about samples together.
         replay: on CUDA, record the gradient pass as CUDA graphs and replay it from then on,
-            without Python; not where other controls act in it, or hooks have work to do.
+            without Python: "auto" where it is known to change nothing, True or else fail.
     """
 
     words: Any | None = None
@@ -224,7 +226,7 @@ class LatentControl(Windowed):
     updates: int = 0
     checkpoint: bool = False
     at_once: int = 2
-    replay: bool = False
+    replay: bool | Literal["auto"] = "auto"
 
     kinds: ClassVar[tuple[str, ...]] = ("cross", "joint")
     own_rows_only: ClassVar[bool] = True
@@ -250,7 +252,11 @@ class LatentControl(Windowed):
             raise OptionError(f"{self.name}: updates={self.updates} must be 0 or above")
         if self.at_once < 1:
             raise OptionError(f"{self.name}: at_once={self.at_once} must be 1 or above")
-        if self.replay and self.checkpoint:
+        if self.replay != "auto" and not isinstance(self.replay, bool):
+            raise OptionError(
+                f"{self.name}: replay={self.replay!r} is not one of true, false, auto"
+            )
+        if self.replay is True and self.checkpoint:
             raise OptionError(
                 f"{self.name}: a checkpointed pass cannot be recorded: give replay=True or "
                 "checkpoint=True"
@@ -314,7 +320,8 @@ class LatentControl(Windowed):
                 f"{self.name} needs at least {self.least} objects and was given {len(few)}: name "
                 "them, such as words=['cat', 'dog']"
             )
-        return State(targets, [content_of(prompt) for prompt in prompts])
+        content = [content_of(prompt) for prompt in prompts]
+        return State(targets, content, recorded=Recorder(must=self.replay is True))
 
     def attend(self, call: AttentionCall) -> Tensor:
         """Note queries and keys of the gradient pass; the output stays the stock one."""
@@ -346,13 +353,16 @@ class LatentControl(Windowed):
             )
         state.step = call.step.index
         moved = self._moved(call, state)
+        if self.steps_left(call.step) == 1:
+            state.recorded.forget()  # what comes after, as decoding the latents, needs memory too
         return call.proceed() if moved is None else call.move_latents(moved).proceed()
 
     def account(self, state: State, steps: tuple[int, ...], sites: Sites) -> Any:
         """Return what a subclass noted of the run, else what became of `replay`."""
-        state.recorded.forget()
-        if state.account is None and self.replay:
-            return Passes(state.passes, state.recorded.replayed)
+        made = state.recorded
+        made.forget()
+        if state.account is None and (self.replay is True or made.replayed or made.why):
+            return Passes(state.passes, made.replayed, made.why)
         return state.account
 
     # -- one step ----------------------------------------------------------------------------
@@ -395,6 +405,11 @@ class LatentControl(Windowed):
             self.remember(maps, run.state.memory.setdefault(maps.sample, {}))
         return x
 
+    def steps_left(self, step: Step) -> int:
+        """Return how many steps of the window are to come, this one included."""
+        later = (replace(step, index=index) for index in range(step.index, step.count))
+        return sum(one in self.schedule for one in later)
+
     def step_size(self, step: Step) -> float:
         """Return s_i."""
         part = step.index / (step.count - 1) if step.count > 1 else 0.0
@@ -431,13 +446,15 @@ class Look:
 
 @dataclass(frozen=True)
 class Passes:
-    """How many gradient passes a run took, and how many of them were replayed."""
+    """How many gradient passes a run took, how many of them were replayed, and why not more."""
 
     all: int
     replayed: int
+    why: str = ""
 
     def __str__(self) -> str:
-        return f"{self.replayed} of {self.all} gradient passes were replayed"
+        said = f"{self.replayed} of {self.all} gradient passes were replayed"
+        return f"{said}: {self.why}" if self.why else said
 
 
 @dataclass(frozen=True)
@@ -497,18 +514,46 @@ class Pass:
             state.may_end = _may_end(self.call)
         state.ends_at = state.ends.get(len(x)) if state.may_end else None
         if self._replays(x):
-            text = state.recorded.run(self._text_maps, x, self.call.inputs)
+            # the first pass of so many samples finds where it may end
+            left = self._left if len(x) in state.ends else None
+            text = state.recorded.run(self._text_maps, x, self.call.inputs, left)
         else:
             text = self._text_maps(x, self.call.inputs)
         maps = [self._maps(text, i, len(x)) for i in range(len(x))]
         state.image.clear()
         return maps
 
+    def _left(self) -> int:
+        """Return at how many steps there is still such a pass."""
+        return self.control.steps_left(self.call.step)
+
     def _replays(self, x: Tensor) -> bool:
-        """Whether the pass is one that can be replayed: a part of it that is always the same."""
-        state = self.state
-        fixed = self.control.replay and state.ends_at is not None and self.alone
-        return fixed and not state.image_sites and recorded.possible(x)
+        """Whether the pass may be one that is replayed; the report says why it is not."""
+        if self.control.replay is False:
+            return False
+        why = self._hindrance(x)
+        if why:
+            self.state.recorded.refuse(why)
+        auto = self.control.replay == "auto"
+        return not why and not (auto and not recorded.possible(x))
+
+    def _hindrance(self, x: Tensor) -> str:
+        """Return why passes have to be run, "" if nothing is against a recording."""
+        state, auto = self.state, self.control.replay == "auto"
+        if not recorded.possible(x):
+            # unasked, nothing is expected of a CPU
+            return "" if auto else "the latents are not on CUDA, or under autocast"
+        if not self.alone:
+            return "another control acts in them"
+        if state.may_end is False or self.control.checkpoint:
+            return "hooks, checkpointing or adapter scales need the whole forward"
+        if state.image_sites:
+            return "the loss looks at attention among image tokens"
+        if not auto:
+            return ""
+        if state.unknown is None:
+            state.unknown = recordable.unknown(self.call.run.args, self.call.model)
+        return state.unknown
 
     def _text_maps(self, x: Tensor, inputs: dict[str, Any]) -> Tensor:
         """Run the model and return the maps of the text tokens; see `maps.text_maps`."""

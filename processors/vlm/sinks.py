@@ -92,7 +92,6 @@ class SinkMemory(RowMemory):
     tau: float = 20.0
     protect: tuple[int, ...] = ()
     sites: int = 1
-    _room: list[Tensor] = field(default_factory=list)
     _index: Tensor | None = None
     _writer: tuple[Tokens, Any] | None = None
     _codes: dict[int, Tensor] = field(default_factory=dict)
@@ -176,8 +175,7 @@ class SinkMemory(RowMemory):
         x = residual.hidden
         write = self._writer_for(residual, tokens)
         if write is not None:
-            codes = self._room_for(x)
-            write(x, codes)
+            codes: Tensor = write(x)
             return codes
         found = self.found(residual, tokens).to(torch.uint8)
         image = tokens.slots("image")[:, residual.past :]
@@ -192,17 +190,9 @@ class SinkMemory(RowMemory):
         if type(self).found is SinkMemory.found:
             labels = self._labels(tokens)[:, residual.past :].to(x.device, non_blocking=True)
             limit = residual.prompt - residual.past
-            made = codes_call(x, self._dims(x), labels, self.tau, limit)
+            made = codes_call(x, self._dims(x), labels, self.tau, limit, self.sites)
         self._writer = tokens, made
         return made
-
-    def _room_for(self, x: Tensor) -> Tensor:
-        """Return room for codes [B, N]: made for all sites of a forward at once."""
-        last = self._room[-1] if self._room else None
-        if last is None or last.shape != x.shape[:2] or last.device != x.device:
-            shape = (self.sites, *x.shape[:2])
-            self._room = list(torch.empty(shape, dtype=torch.uint8, device=x.device))
-        return self._room.pop()
 
     def _labels(self, tokens: Tokens) -> Tensor:
         """Return what the kernel is told of all tokens so far, where masks are made."""

@@ -14,6 +14,7 @@ from attnctl.testing.zoo.core import (
     denoiser_calls,
     denoiser_inputs,
     get_family,
+    placed,
     run,
 )
 
@@ -27,6 +28,7 @@ __all__ = [
     "denoiser_calls",
     "denoiser_inputs",
     "get_family",
+    "placed",
     "run",
 ]
 

@@ -23,6 +23,7 @@ __all__ = [
     "get_family",
     "make",
     "need",
+    "placed",
     "rows",
     "run",
 ]
@@ -201,6 +202,19 @@ def run(family_or_pipe: Any, **overrides: Any) -> Tensor:
     with torch.no_grad():
         out = pipe(**(fam.call(pipe, **wanted) | overrides), return_dict=False)
     return out[0]
+
+
+def placed(
+    call: dict[str, Any], device: torch.device | str, dtype: torch.dtype = torch.float32
+) -> dict[str, Any]:
+    """The keywords of a call with their tensors on a device, floating-point ones in a dtype."""
+    return {key: _put(value, device, dtype) for key, value in call.items()}
+
+
+def _put(value: Any, device: torch.device | str, dtype: torch.dtype) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return value.to(device, dtype if value.is_floating_point() else value.dtype)
 
 
 class CallRecorder:
