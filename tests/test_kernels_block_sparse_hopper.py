@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from attnctl.kernels import BlockMask
+from attnctl.kernels import BlockMask, block_sparse_attention
 from attnctl.kernels.block_sparse import fa4, gluon
-from attnctl.kernels.block_sparse.tiles import Tiles, tiles_for
+from attnctl.kernels.block_sparse.tiles import Tiles, gluon_stages, tiles_for
 from attnctl.testing.blocks import random_blocks, random_map
 
 triton = pytest.importorskip("triton")
@@ -176,6 +177,30 @@ def test_a_probe_that_fails_is_a_reason_not_an_error():
     if not torch.cuda.is_available():
         assert reason.startswith("its kernel does not compile here (")
     gluon._probe.cache_clear()
+
+
+@pytest.mark.parametrize(("width", "chosen"), [(64, "gluon"), (96, "triton")])
+def test_on_hopper_the_backend_is_chosen_in_one_graph(width, chosen, monkeypatch):
+    """Tensors of a GPU that is not there: what is asked while torch.compile traces is real."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(gluon, "_probe", lambda *_: None)
+    mask, graphs = random_blocks(300, 517, 128), []
+
+    def backend(graph, _):
+        graphs.append(graph.graph)
+        return graph.forward
+
+    def step(q, k, v):
+        return block_sparse_attention(q * 2, k, v, mask) + 1
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        q = torch.empty(1, 2, 300, width, device="cuda", dtype=torch.bfloat16)
+        k = v = torch.empty(1, 2, 517, width, device="cuda", dtype=torch.bfloat16)
+        out = torch.compile(step, fullgraph=True, backend=backend)(q, k, v)
+    assert out.shape == q.shape and len(graphs) == 1
+    (node,) = [n for n in graphs[0].nodes if str(n.target) == "attnctl.block_sparse_attention"]
+    assert node.args[-1] == chosen
+    assert set(gluon_stages()) == set(gluon.WIDTHS)
 
 
 def test_unsuited_strides_are_copied_for_the_copy_engine():

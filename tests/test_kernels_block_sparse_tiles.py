@@ -38,14 +38,6 @@ def test_a_measured_gpu_gets_its_own_and_others_the_rest(data):
     assert gluon_stages() == {64: 5}
 
 
-def test_asking_whether_the_hopper_kernel_fits_is_traced_without_a_break():
-    def step(x):
-        return x * gluon_stages()[x.shape[-1]]
-
-    compiled = torch.compile(step, fullgraph=True, backend="eager")
-    assert torch.equal(compiled(torch.ones(64)), torch.full((64,), float(gluon_stages()[64])))
-
-
 @pytest.mark.parametrize("gpu", ["sm80", "sm86", "sm90", "sm120"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_shipped_tiles_divide_the_block_and_fit(gpu, dtype):

@@ -137,17 +137,21 @@ BACKENDS: dict[str, WhyNot] = {
 """Why each backend cannot take a call (None if it can), in the order in which auto tries them."""
 
 
+def _shapes(*qkv: Tensor) -> str:
+    """Return shapes for a message; torch.compile cannot write those of any length."""
+    return ", ".join(f"{name} {list(x.shape)}" for name, x in zip("qkv", qkv, strict=True))
+
+
 def _check(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> None:
     """Refuse tensors that do not fit each other or the mask."""
-    shapes = ", ".join(f"{name} {list(x.shape)}" for name, x in zip("qkv", (q, k, v), strict=True))
     if not q.ndim == k.ndim == v.ndim == 4:
-        raise ValueError(f"expected four dimensions each, got {shapes}")
+        raise ValueError(f"expected four dimensions each, got {_shapes(q, k, v)}")
     batch, heads, nq, width = q.shape
     same = k.shape[0] == v.shape[0] == batch and k.shape[1:3] == v.shape[1:3]
     if not same or k.shape[3] != width or heads % k.shape[1]:
         raise ValueError(
             "expected q [B, H, Nq, D], k [B, Hkv, Nk, D], v [B, Hkv, Nk, Dv] with H a multiple "
-            f"of Hkv, got (as [B, H, N, D]) {shapes}"
+            f"of Hkv, got (as [B, H, N, D]) {_shapes(q, k, v)}"
         )
     if not q.dtype == k.dtype == v.dtype or not q.device == k.device == v.device:
         raise ValueError(

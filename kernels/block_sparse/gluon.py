@@ -17,6 +17,8 @@ from .tiles import gluon_stages
 __all__ = ["block_sparse_gluon", "why_not"]
 
 _BLOCK = 128
+WIDTHS = (64, 128)
+"""Head dims of keys and values."""
 OPTIONS = {"num_warps": 4, "maxnreg": 168}
 """Warps of the first consumer, and registers of a thread at launch (of 12 warps in all)."""
 
@@ -76,13 +78,15 @@ def why_not(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> str | None:
         return f"it is for Hopper (sm90), this GPU is sm{major}{minor}"
     if mask.block != _BLOCK:
         return f"it takes blocks of {_BLOCK}, got {mask.block}"
-    if q.shape[-1] not in gluon_stages() or v.shape[-1] != q.shape[-1]:
+    # a constant where torch.compile traces any shape; it reads no file there either
+    width = next((w for w in WIDTHS if w == q.shape[-1]), None)
+    if width is None or v.shape[-1] != width:
         return (
             f"it takes head dim 64 or 128 for keys and values, got {q.shape[-1]} and {v.shape[-1]}"
         )
     if q.dtype not in (torch.float16, torch.bfloat16):
         return f"it takes float16 or bfloat16, got {q.dtype}"
-    return _fails(q.device.index, q.dtype, q.shape[-1])
+    return _fails(q.device.index, q.dtype, width)
 
 
 @torch.compiler.assume_constant_result

@@ -55,12 +55,8 @@ def tiles_for(width: int, block: int, dtype: torch.dtype, gpu: str) -> Tiles:
     return found._replace(m=m, n=n, warps=found.warps if m == found.m else 4)
 
 
-@torch.compiler.assume_constant_result
 def gluon_stages(gpu: str = "sm90") -> dict[int, int]:
-    """Return the Hopper kernel's blocks of keys and of values in shared memory, by head dim.
-
-    Whether a call suits the kernel is asked while torch.compile traces, which reads no file.
-    """
+    """Return the Hopper kernel's blocks of keys and of values in shared memory, by head dim."""
     return {int(width): entry["stages"] for width, entry in _data()["gluon"][gpu].items()}
 
 
