@@ -113,6 +113,20 @@ def test_sums_grow_by_the_columns_of_the_map(
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_a_late_block_of_keys_that_is_weak_or_all_padding(device: str) -> None:
+    q, k = layouts(device, torch.float32, 300, batch=2, heads=2, tokens=9, dim=8)
+    k[:, :, :128] *= 60  # later blocks of 128 lie too far below for a maximum of their own
+    seen = torch.ones(2, 1, 1, 300, dtype=torch.bool)
+    seen[..., 200:] = False
+    to = wanted(q, slice(0, 2), slice(0, 9), None, 1)
+    add = column_sums(q, k, to, seen.to(device))
+    assert add is not None
+    want = 0.25 + explicit(q, k, to, seen, None)
+    add(q, k, seen.to(device))
+    torch.testing.assert_close(to.sums.cpu().double(), want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_chosen_heads_by_themselves_with_shared_keys(device: str) -> None:
     q, k = layouts(device, torch.float32, 9, batch=1, heads=6, kv_heads=2, tokens=11, dim=8)
     heads = torch.tensor([1, 4, 5], device=device)
