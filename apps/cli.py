@@ -122,7 +122,8 @@ def _known_controls() -> list[str]:
     from importlib import resources
 
     files = resources.files("attnctl").joinpath("presets").iterdir()
-    return sorted(Path(f.name).stem for f in files if f.name.endswith(".toml"))
+    names = {Path(f.name).stem for f in files if f.name.endswith(".toml")}
+    return sorted(names - {"masks"})  # which are of the function `attnctl.masks`
 
 
 Model = Annotated[str, typer.Option(metavar="MODEL", help=_MODEL, autocompletion=_known_models)]

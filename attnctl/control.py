@@ -18,6 +18,7 @@ from .records import (
     LogitsCall,
     Reading,
     StepCall,
+    Tokens,
     Watch,
     WrittenRow,
 )
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from .hosts.run import Run
+    from .kernels.group_attention import Edit
     from .selectors import Selection
     from .sites import Sites
 
@@ -105,6 +107,21 @@ class Control:
         Asked, in the decoder of a language model, before `attend` in a forward that reads a
         prompt or a part of it, of a control that is alone at the first site. It saves the making
         of a call at each site, for which a decoder would wait. None if there is no shorter way.
+        """
+        return None
+
+    def row_edit(self, site: int, state: Any, tokens: Tokens, rows: int) -> Edit | None:
+        """Return what `attend` does to all later written tokens of a prompt, for compiled code.
+
+        Asked, in the decoder of a language model with a static cache, once for a prompt and a
+        site where this control is alone. None, with which all runs eagerly, where it is no such
+        edit. A subclass that overrides `attend` overrides this too.
+
+        Args:
+            site: number of the site.
+            state: what `begin` returned.
+            tokens: roles of a written token and of all before it.
+            rows: batch size.
         """
         return None
 

@@ -481,7 +481,7 @@ class PromptCall(NamedTuple):
         v: [B, Hkv, Nk, Dv].
         mask: as in an `AttentionCall`.
         scale: as there.
-        is_causal: as there.
+        is_causal: as there; beside a mask (FlashAttention has padding there) both hold.
         residual: as there.
         heads: bool [H] on the CPU, the heads to touch; None for all of them.
         out: [B, Nq, H, Dv], contiguous: the output of the model's own attention.

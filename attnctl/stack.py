@@ -52,7 +52,9 @@ class Entry:
         self.denoises = cls.plane("denoise")
         self.decodes = cls.plane("decode")
         self.watches = cls.plane("watching")
-        self.schedule = self.control.schedule
+        self.steers = cls.plane("between")
+        # options are fixed: asked for at every step
+        self.schedule, self.neutral = self.control.schedule, self.control.neutral
         # sites of which all heads are selected: asked for at every call
         self.entire = {site for site, heads in self.selection.items() if bool(heads.all())}
         # role of the extra rows that this entry adds to a forward
@@ -60,7 +62,7 @@ class Entry:
 
     def active(self, step: Step) -> bool:
         """Whether the control acts at this step."""
-        return not self.control.neutral and step in self.schedule
+        return not self.neutral and step in self.schedule
 
     def wants(self, site: int, rows: Rows) -> bool:
         """Whether the control's attention plane has anything to do at this site."""

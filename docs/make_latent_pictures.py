@@ -104,6 +104,7 @@ def overlap_curves(pipe: Any) -> None:
         "stock": (),
         "a-star, preset": (preset,),
         "a-star, all steps": (dataclasses.replace(preset, stop=1.0),),
+        f"a-star at {SITES}, scale 20": (attnctl.AStar(heads=SITES, keep_norm=True),),
     }
     lines = []
     for name, stack in stacks.items():

@@ -275,6 +275,46 @@ def vlm(data: Data) -> str:
     return f"{where}, batch {data['batch']}, {versions}\n\n{_table(head, rows)}{_missed(data)}"
 
 
+def vlm_compiled(data: Data) -> str:
+    """Return the table of `attnctl.apps.bench.vlm_compiled`."""
+    head = (
+        "",
+        "a written token, ms",
+        "tokens / s, times stock",
+        "all tokens, times stock",
+        "first, s",
+    )
+    rows = [
+        [
+            arm, f"{found['token_ms']:.2f}",
+            _with_interval(found, "tokens_per_second / stock"),
+            _with_interval(found, "all tokens / stock"), f"{found['first_generate_s']:.1f}",
+        ]
+        for arm, found in data["arms"].items()
+    ]  # fmt: skip
+    where = f"**{data['model']}**, {data['layers']} layers, {data['dtype']}, on {data['device']}"
+    apart = [
+        f"{arm} {found['logits, largest difference to eager']:.0e}"
+        + (f" (what it does: {found[effect]:.0e})" if effect in found else "")
+        for arm, found in data["arms"].items()
+        for effect in ("logits, largest effect",)
+        if "logits, largest difference to eager" in found and data["dtype"] == "float32"
+    ]
+    told = (
+        f"\nLargest difference of logits, compiled to eager: {', '.join(apart)}.\n"
+        if apart
+        else ""
+    )
+    versions = f"torch {data['torch']}, transformers {data['transformers']}"
+    return f"{where}, {versions}\n\n{_table(head, rows)}{told}"
+
+
+def _with_interval(found: Data, key: str) -> str:
+    """Return a ratio with its interval."""
+    low, high = found[f"{key}, interval"]
+    return f"{found[key]:.3f} [{low:.3f}, {high:.3f}]"
+
+
 def _missed(data: Data) -> str:
     """Return which goals were missed, where a run has intervals and the arms that have goals."""
     missed = []
@@ -348,9 +388,9 @@ do. UNets of real shape with random weights, classifier-free guidance, one pictu
 more. That pipeline knows no SDXL; with a UNet that adds the pooled embeddings itself, its code
 runs SDXL's. *Taken* is the most memory that a run took from the GPU, *peak* what was in use of it.
 Ranges are wide, as steps wait for a processor with other work: of the times, only the ratios
-within the run say something, and those roughly; memory is not affected. SDXL's replayed passes
-have not been timed yet ([why](latent.md#cost)). In the tables by side of the latents, stock's
-memory has what diffusers' pipeline still kept of its last run.
+within the run say something, and those roughly; memory is not affected. The tables by side of the
+latents are from a run before; stock's memory there has what diffusers' pipeline still kept of its
+last run.
 
 ```bash
 python -m attnctl.apps.bench.latent_cost --model sd1-5 --model sdxl --pictures 1 --pictures 4 \\
@@ -361,7 +401,8 @@ HEATMAP = """\
 [Heat maps](heatmaps.md#cost) of two words, at every step. *Tap* is a control that is asked at
 every cross-attention site and does nothing, *up* reads the second half's sites, *torch* every site
 without the kernel. Ratios are medians over the rounds, each of which compares an arm with stock by
-the median of its steps and by the least; in brackets the middle half of the rounds.
+the median of its steps and by the least; in brackets the middle half of the rounds. SDXL with four
+pictures was timed before sites that are only read took the straight line.
 
 ```bash
 python -m attnctl.apps.bench.heatmap_cost --model sd1-5 --model sdxl --pictures 1 --pictures 4 \\
@@ -402,11 +443,24 @@ second, at most 1.02 of its peak memory. Those that a run misses are named under
 python -m attnctl.apps.bench.vlm_cost --model llava-1.5-7b --out vlm.json
 ```
 """
+VLM_COMPILED = """\
+The same controls in [compiled decode](query_path.md#written-tokens-of-a-language-model):
+`generate` with a static cache, whose written tokens torch.compile makes into CUDA graphs. *Eager*
+is the stock model with a growing cache. A token's time is the median of a round's; ratios are
+medians of the rounds, each to stock in the same round, with the 95 % bootstrap interval; *all
+tokens* has the work between tokens too. *First* is the first call, which compiles. The goal of .97
+of stock's tokens a second is met by *pai* with all layers, and missed by *var*.
+
+```bash
+python -m attnctl.apps.bench.vlm_compiled --model llava-1.5-7b --out compiled.json
+```
+"""
 BENCHES: dict[str, tuple[str, str, Callable[[Data], str]]] = {
     "cost": ("What a patch costs", COST, cost),
     "attention": ("Block-sparse attention", ATTENTION, attention),
     "tiles": ("Tiles of the Triton kernel", TILES, tiles),
     "vlm": ("Vision-language models", VLM, vlm),
+    "vlm_compiled": ("Vision-language models, compiled", VLM_COMPILED, vlm_compiled),
     "model": ("A denoising step of a video model", MODEL, model),
     "parallel": ("A step on several GPUs", PARALLEL, parallel),
     "latent cost": ("Moving latents, and heat maps", LATENT, latent_cost),

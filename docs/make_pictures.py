@@ -10,7 +10,8 @@ Nothing is picked out: the first two held-out prompts that stock draws right and
 it draws wrong, the first clips, the first photos; and the same noise without and with. Green is
 what the shape world's detector, or the truth, calls right.
 
-Of `radial` it also draws masks of real size. About a minute of CPU time for each control.
+Of `radial` it also draws masks of real size; `carve`, which is no control, is drawn for carve.md.
+About a minute of CPU time for each control.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ import attnctl
 from attnctl.apps.bench.effect import draw
 from attnctl.apps.bench.tasks.answers import one_per_photo
 from attnctl.apps.chosen import choose
+from attnctl.apps.eval.second_look import carve_options
 from attnctl.apps.lettering import lettering, wrapped
 from attnctl.apps.models import load
 from attnctl.assets import path
@@ -39,8 +41,10 @@ from attnctl.assets.train.film import film
 from attnctl.assets.train.measure_llava import Teller
 from attnctl.assets.train.sheet import BAD, GOOD, picture
 from attnctl.assets.world import exact, heldout_prompts
+from attnctl.assets.world.evaluation import album
 from attnctl.assets.world.moving import moving_prompts
 from attnctl.assets.world.pope import Case, pope
+from attnctl.assets.world.questions import COLOUR
 from attnctl.assets.world.watch import moved
 from attnctl.control import Control
 from attnctl.processors.sparse.radial import radial_block_mask
@@ -87,6 +91,8 @@ MASKS = {
     "Wan 2.2: 20 frames of 48 x 80, decay 0.8": (20, 3840, 0.8, "wan"),
     "HunyuanVideo: 30 frames of 48 x 80, decay 0.95": (30, 3840, 0.95, "hunyuan"),
 }
+CARVE = "carve:inputs=both,form=crop,p=0.1,regions=1,steps=start,layers=1-2,lam=0.001"
+"""The setting of carve.md's table."""
 
 
 # -- what is drawn -------------------------------------------------------------------------------
@@ -300,6 +306,35 @@ def draw_masks(side: int = 380, gap: int = 20, caption: int = 34) -> None:
     sheet.save(FOLDER / "radial.png", optimize=True)
 
 
+def draw_second_looks() -> None:
+    """Draw the first clear photos with a small object, what CARVE cuts out, and both answers."""
+    shown: list[tuple[Image.Image, str, str]] = []
+    for photo in album(100, 0):
+        shapes = [item.pair[1] for item in photo.items]
+        found = [one for one in photo.items if one.small and shapes.count(one.pair[1]) == 1]
+        if found and not photo.dim and len(shown) < SHOWN:
+            colour, shape = found[0].pair
+            shown.append((photo.image, COLOUR[0].format(shape), colour))
+    images, questions, right = zip(*shown, strict=True)
+    teller = loaded("tiny-llava")
+    carver = attnctl.Carver(
+        teller.model, teller.processor, max_new_tokens=3, **carve_options(CARVE)
+    )
+    looks, sheet = carver.many(images, questions), Sheet(SHOWN, 144)
+    boxed = [image.convert("RGB") for image in images]
+    for image, look in zip(boxed, looks, strict=True):
+        ImageDraw.Draw(image).rectangle(look.box or (0, 0, *image.size), outline=BAD, width=2)
+    sheet.title("above the photo alone, in the box what is cut out; below the second look at it")
+    for row, told in (
+        (boxed, [x.before for x in looks]),
+        ([x.image for x in looks], [x.answer for x in looks]),
+    ):
+        texts = [f"{q} {text}" for q, text in zip(questions, told, strict=True)]
+        good = [t.strip(". ").lower() == r for t, r in zip(told, right, strict=True)]
+        sheet.row(row, texts, good)
+    sheet.image().save(FOLDER / "carve.png", optimize=True)
+
+
 # -- the pages -----------------------------------------------------------------------------------
 
 WHAT = {
@@ -338,10 +373,13 @@ def written(page: str, name: str) -> str:
 def main() -> None:
     """Draw the pictures named on the command line, or all."""
     torch.set_grad_enabled(False)
-    names = sys.argv[1:] or list(attnctl.controls())
+    names = sys.argv[1:] or [*attnctl.controls(), "carve"]
     (FOLDER / "controls").mkdir(exist_ok=True)
     if "radial" in names:
         draw_masks()
+    if "carve" in names:
+        draw_second_looks()
+        names.remove("carve")
     for name in names:
         drawn(name).save(FOLDER / "controls" / f"{name}.png", optimize=True)
         print(name, setting(name), flush=True)

@@ -23,6 +23,7 @@ from attnctl.errors import AttnctlError
 from attnctl.hosts import targets
 from attnctl.processors.latent.engine import LatentControl
 from attnctl.testing import zoo
+from attnctl.testing.vlms import VLMS
 
 PAGE = Path(__file__).parent / "support.md"
 
@@ -65,6 +66,22 @@ REFUSED = """
 
 A control that finds no site of its kinds is refused when it is installed (`pladis` needs
 cross-attention, for one). The others are refused at the first step; the error says:
+"""
+
+SEEING = """
+## Vision-language models
+
+Of transformers: {families}.
+
+The tests run these with random weights and tiny configurations, on `sdpa` and `eager` attention,
+in prompts and written tokens. Other models work too if their decoder's attention goes through
+transformers' attention interface; `attnctl.sites(model)` shows what is found. FlashAttention
+(`flash_attention_2` to `_4`) was tested
+[with a stand-in for the package](query_path.md#a-language-model-on-flashattention). Attention of
+another kind is refused with what to do.
+
+{controls} act on all of them. [CARVE](carve.md) needs image tokens that
+are one grid of one picture. [What of `generate` contrasts refuse](contrast.md#what-is-refused).
 """
 
 
@@ -231,7 +248,14 @@ def page() -> str:
         for entry in entries
         for message, keys in _by_message(entry).items()
     ]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n" + seeing()
+
+
+def seeing() -> str:
+    """Return what is said of vision-language models."""
+    families = ", ".join((one.model.__doc__ or one.name).rstrip(".") for one in VLMS.values())
+    found = [key for key, cls in attnctl.controls().items() if "causal" in cls.kinds]
+    return SEEING.format(families=families, controls=", ".join(f"`{key}`" for key in found))
 
 
 def _line(cells: list[str] | tuple[str, ...]) -> str:

@@ -1,20 +1,25 @@
 """Measures CARVE on small objects of tiny-llava's photos; the table of carve.md.
 
-    python -P docs/measure_carve.py [--images 500] [--seed 103] [--arm ...]
+    python -P docs/measure_carve.py [--images 500] [--seed 103] [--arm ...] [--out FILE.json]
+    python -P docs/measure_carve.py --page docs/measured/vlm/carve.json
 
 asks of clear photos whether small objects are there (as many that are not, adversarial split) and
 of what colour they are. An arm is CARVE's options in their text form, such as "p=0.1,form=crop",
 "defaults", "stock", or options after "random:": a crop as large as CARVE's at a random place.
-Figures are percent; gains over stock come with 95 % bootstrap intervals over the photos.
+Figures are percent; gains over stock come with 95 % bootstrap intervals over the photos. `--page`
+prints the table of carve.md of such a file.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from PIL.Image import Image
@@ -35,6 +40,16 @@ ARMS = (
     "defaults", "inputs=both", "inputs=both,form=crop",
 )  # fmt: skip
 """A large lambda leaves the attention for the question alone."""
+NAMES = {
+    "stock": "stock",
+    TINY + "0.001": "the photo and a crop, lam 0.001",
+    TINY + "1e-8": "the same, lam 1e-8",
+    TINY + "1000000": "the same, the question's map alone (lam 1000000)",
+    "random:" + TINY + "0.001": "the photo and a random crop of that size",
+    "inputs=both,form=crop": "`inputs=both,form=crop`",
+    "defaults": "defaults",
+}
+"""What the page calls its arms."""
 FIGURES = (Figure("right", "right", lambda s: ratio(s["right"], s["n"])),)
 
 
@@ -49,16 +64,23 @@ class Question:
 
 
 def main() -> None:
-    """Print the table."""
+    """Print the table, and write its figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--arm", action="append")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--page", type=Path)
     given = parser.parse_args()
+    if given.page:
+        print(page(json.loads(given.page.read_text())["rows"]))
+        return
     torch.set_grad_enabled(False)
     teller = Teller.load(assets.path("tiny-llava"), dtype=torch.float32)
     tables = small(given.images, given.seed)
     print("| questions | n | arm | right | gain | s |\n|" + " --- |" * 6, flush=True)
+    facts = {"images": given.images, "seed": given.seed, "torch": torch.__version__}
+    found: list[dict[str, Any]] = []
     for name, asked in tables.items():
         base = None
         for arm in given.arm or ARMS:
@@ -71,12 +93,40 @@ def main() -> None:
             tally = Tally.of([str(one.photo) for one in asked], rows, FIGURES)
             base = base or tally
             gain = difference(tally, base)["right"]
-            right = estimate(tally)["right"].value
-            print(
-                f"| {name} | {len(asked)} | `{arm}` | {100 * right:.1f} | {100 * gain.value:+.1f} "
-                f"[{100 * gain.low:+.1f}, {100 * gain.high:+.1f}] | {time.time() - start:.0f} |",
-                flush=True,
-            )
+            row = {
+                "questions": name, "n": len(asked), "arm": arm,
+                "right": estimate(tally)["right"].value, "gain": gain.value,
+                "low": gain.low, "high": gain.high, "seconds": round(time.time() - start, 1),
+            }  # fmt: skip
+            print(line(row), flush=True)
+            found.append(row)
+            if given.out:
+                given.out.write_text(json.dumps({**facts, "rows": found}, indent=1) + "\n")
+
+
+def line(row: dict[str, Any]) -> str:
+    """Return a line of the table."""
+    right, gain, low, high = (100 * row[key] for key in ("right", "gain", "low", "high"))
+    return (
+        f"| {row['questions']} | {row['n']} | `{row['arm']}` | {right:.1f} | {gain:+.1f} "
+        f"[{low:+.1f}, {high:+.1f}] | {row['seconds']:.0f} |"
+    )
+
+
+def page(rows: Sequence[dict[str, Any]]) -> str:
+    """Return the page's table."""
+    kinds = {row["questions"]: row["n"] for row in rows}
+    heads = [f"{name} ({n}) | gain" for name, n in kinds.items()]
+    lines = [f"| with | {' | '.join(heads)} |", f"|{' --- |' * (1 + 2 * len(kinds))}"]
+    for arm, name in NAMES.items():
+        told = []
+        for kind in kinds:
+            (row,) = [one for one in rows if (one["arm"], one["questions"]) == (arm, kind)]
+            right, gain, low, high = (100 * row[key] for key in ("right", "gain", "low", "high"))
+            told.append(f"{right:.1f}")
+            told.append("" if arm == "stock" else f"{gain:+.1f} [{low:+.1f}, {high:+.1f}]")
+        lines.append(f"| {name} | {' | '.join(told)} |".replace("|  |", "| |"))
+    return "\n".join(lines)
 
 
 def small(images: int, seed: int) -> dict[str, list[Question]]:

@@ -4,6 +4,7 @@
         [--sampled] [--images 500] [--model FOLDER] [--arm ...]
     python -P docs/measure_contrast.py table part.json... [--out docs/measured/vlm/FILE.json]
     python -P docs/measure_contrast.py page docs/measured/vlm/FILE.json...
+    python -P docs/measure_contrast.py models docs/measured/vlm/FILE.json...
 
 An arm is controls in their text form, joined by "+", or "stock"; "other photo" is a placebo, VCD
 whose second pass sees another photo instead of noise. `pope` asks the questions of the three
@@ -11,7 +12,10 @@ splits, `captions` describes the photos. `--sampled` draws answers at temperatur
 A run is about one set of photos (`--seed`) and one model and writes counts by photo. `table` puts
 runs together: sets of photos and models are pooled, and arms of one set may come in several
 files. Figures are percent; gains over stock come with 95 % bootstrap intervals, in which photos
-are drawn again. `page` prints the tables of contrast.md of such files.
+are drawn again. `page` prints the tables of contrast.md of such files; `models` those that set
+the models of files beside each other, of the arms that all of them have, and say on which of them
+an arm gains on adversarial questions and invents less, beyond the interval, while neither recall
+nor the number of words of its descriptions falls beyond it.
 """
 
 from __future__ import annotations
@@ -89,6 +93,19 @@ COLUMNS = {
     ),
 }  # fmt: skip
 """The page's columns: head, split, figure, and whether the gain over stock stands beside it."""
+MODELS = (
+    ("adversarial", "adversarial", "right"), ("says yes", "adversarial", "yes"),
+    ("CHAIR_s", "captions", "chair_s"), ("CHAIR_i", "captions", "chair_i"),
+    ("recall", "captions", "recall"), ("words", "captions", "words"),
+)  # fmt: skip
+"""The columns of the tables by model: head, split, figure."""
+BETTER = (
+    ("adversarial", "adversarial", "right", 1), ("CHAIR_s", "captions", "chair_s", -1),
+    ("CHAIR_i", "captions", "chair_i", -1),
+)  # fmt: skip
+"""The goal: what must gain beyond the interval; head, split, figure, and which way is better."""
+KEPT = (("recall", "captions", "recall"), ("words", "captions", "words"))
+"""What may not fall beyond the interval meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +129,7 @@ class OtherPhoto(Contrast):
 def main() -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("pope", "captions", "table", "page"))
+    parser.add_argument("what", choices=("pope", "captions", "table", "page", "models"))
     parser.add_argument("parts", nargs="*", type=Path)
     parser.add_argument("--sampled", action="store_true")
     parser.add_argument("--images", type=int, default=500)
@@ -125,8 +142,12 @@ def main() -> None:
         pooled = table([json.loads(path.read_text()) for path in given.parts])
         if given.out:
             given.out.write_text(json.dumps(pooled, indent=1) + "\n")
-    elif given.what == "page":
+    elif given.what in ("page", "models"):
         files = [json.loads(path.read_text()) for path in given.parts]
+        if given.what == "models":
+            rows = [row for one in files for row in one]
+            print("\n\n".join([*models(rows), goal(rows)]))
+            return
         tables = [*map(page, files), over_cut_off([row for one in files for row in one])]
         print("\n\n".join(one for one in tables if one))
     else:
@@ -390,6 +411,85 @@ def over_cut_off(rows: Sequence[dict[str, Any]]) -> str:
             told = [interval(found[arm, split][key], figure_of[key]) for _, split, key in columns]
             lines.append(f"| `{arm}` | {' | '.join(told)} |")
     return "\n".join(lines) if found else ""
+
+
+def models(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Return tables, greedy and sampled, of each arm on each model: stock's figures, gains."""
+    tables = []
+    for sampled in sorted({row["sampled"] for row in rows}):
+        found, arms, names = by_model(rows, sampled)
+        shared = [
+            column for column in MODELS if all(column[1] in splits for splits in found.values())
+        ]
+        lines = [
+            f"| arm | model | {' | '.join(head for head, *_ in shared)} |",
+            f"|{' --- |' * (2 + len(shared))}",
+        ]
+        for arm in arms:
+            for model in names:
+                told = [one_cell(found[arm, model][split], key) for _, split, key in shared]
+                lines.append(f"| `{arm}` | {model} | {' | '.join(told)} |")
+        tables.append("\n".join(lines))
+    return tables
+
+
+def by_model(
+    rows: Sequence[dict[str, Any]], sampled: bool
+) -> tuple[dict[tuple[str, str], dict[str, dict[str, Any]]], list[str], list[str]]:
+    """Return rows by arm and model, then split; the arms that all models have; the models."""
+    found: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        if row["sampled"] == sampled:
+            found.setdefault((row["arm"], model_of(row)), {})[row["split"]] = row
+    names = list(dict.fromkeys(model for _, model in found))
+    arms = [*dict.fromkeys(arm for arm, _ in found if all((arm, name) in found for name in names))]
+    order = (*(SAMPLED if sampled else ARMS), *arms)
+    return found, sorted(arms, key=order.index), names
+
+
+def goal(rows: Sequence[dict[str, Any]]) -> str:
+    """Return the table of what each arm lacks of the goal on each model."""
+    lines = []
+    for sampled, base, key in (
+        (False, "stock", "gains"),
+        (True, "stock", "gains"),
+        (True, "its cut-off alone", "over_cut_off"),
+    ):
+        found, arms, names = by_model(rows, sampled)
+        for arm in arms:
+            splits = [found[arm, name] for name in names]
+            if any(not one[split].get(key) for one in splits for split in one):
+                continue
+            told = [lacks({split: one[split][key] for split in one}) for one in splits]
+            how = "sampled" if sampled else "greedy"
+            lines.append(f"| `{arm}` | {how} | {base} | {' | '.join(told)} |")
+    head = f"| arm | answers | against | {' | '.join(names)} |\n|{' --- |' * (3 + len(names))}"
+    return "\n".join([head, *lines])
+
+
+def lacks(gains: dict[str, dict[str, list[float]]]) -> str:
+    """Return "met", or what is missing of the goal: figures by split, (gain, low, high)."""
+    missing = [
+        head
+        for head, split, key, way in BETTER
+        if min(way * end for end in gains[split][key][1:]) <= 0
+    ]
+    missing += [head for head, split, key in KEPT if gains[split][key][2] < 0]
+    return ", ".join(missing) or "met"
+
+
+def model_of(row: dict[str, Any]) -> str:
+    """Return the name of the only model of a row."""
+    (name,) = {model for model, _ in row["runs"]}
+    return str(name)
+
+
+def one_cell(row: dict[str, Any], key: str) -> str:
+    """Return stock's figure, or what another arm gains."""
+    figures = FIGURES["captions" if row["split"] == "captions" else "pope"]
+    figure = next(one for one in figures if one.key == key)
+    gain = row["gains"].get(key)
+    return interval(gain, figure) if gain else f"{figure.factor * row['figures'][key]:.1f}"
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import signal
 import time
 import types
@@ -16,9 +17,11 @@ import attnctl
 from attnctl import assets
 from attnctl.apps import cli
 from attnctl.apps.bench.nursery import nursery
+from attnctl.apps.chosen import Chosen
 from attnctl.apps.eval import arms, command
 from attnctl.apps.eval.answer_file import load
-from attnctl.apps.eval.answering import Answerer, Reply
+from attnctl.apps.eval.answering import Answerer, Reply, model_facts
+from attnctl.apps.eval.second_look import SecondLook
 from attnctl.assets.world.export import export
 
 pytestmark = pytest.mark.skipif("tiny-llava" not in assets.names(), reason="no tiny-llava here")
@@ -113,6 +116,11 @@ def test_chair_and_its_second_score(
         (("--control", "carve:regions=few"), "carve: regions=few cannot be read"),
         (("--control", "carve:size=2"), "carve has no option 'size' here; it has p, regions"),
         (("--control", "carve", "--control", "carve:p=0.2"), "carve is given 2 times"),
+        (("--sample", "--control", "carve"), "carve answers greedily"),
+        (("--sample", "--temperature", "0"), "--temperature 0.0 must be above 0"),
+        (("--sample", "--temperature", "nan"), "--temperature nan must be above 0"),
+        (("--sample", "--top-p", "2"), "--top-p 2.0 must be above 0, and 1 at most"),
+        (("--top-p", "0.5"), "--temperature and --top-p go with --sample"),
     ],
 )
 def test_what_cannot_be_is_told_in_a_line(
@@ -207,10 +215,10 @@ def test_a_run_goes_on_where_it_was_stopped(data: Path, tmp_path: Path, parrot: 
 
 @pytest.mark.parametrize(
     "more", [("--seed", "1", "--limit", "12"), ("--prompt", "{question} Now."), ("--batch", "4"),
-             ("--max-new-tokens", "3")]
+             ("--max-new-tokens", "3"), ("--sample",), ("--sample", "--seed", "3")]
 )  # fmt: skip
 def test_another_run_has_another_file(more: Any, data: Path, tmp_path: Path, parrot: Any) -> None:
-    for one in ((), more):
+    for one in (more[:1] if more[0] == "--sample" and more[1:] else (), more):
         parrot()
         assert cli.run(words(data, tmp_path, *one)) == 0
     assert len(list(tmp_path.glob("*.jsonl"))) == 2
@@ -224,6 +232,38 @@ def test_a_changed_image_is_another_run(tmp_path: Path, parrot: Any) -> None:
         image = next((data / "val2014").iterdir())
         Image.new("RGB", (224, 224), "red").save(image)
     assert len(list((tmp_path / "out").glob("*.jsonl"))) == 2
+
+
+def test_a_changed_model_is_another_run(tmp_path: Path) -> None:
+    """Answers of a model are not taken for those of another in the same folder."""
+    shutil.copytree(assets.path("tiny-llava"), tmp_path / "model")
+    seen = []
+    for change in ("", "README.md", "generation_config.json", "chat_template.jinja", "weights"):
+        if change == "weights":
+            file = tmp_path / "model/model.safetensors"
+            data = bytearray(file.read_bytes())
+            data[-2000:] = bytes(2000)
+            file.write_bytes(data)
+        elif change:
+            with (tmp_path / "model" / change).open("a") as text:
+                text.write("\n")
+        seen.append(model_facts(Answerer.load(str(tmp_path / "model"), "cpu"))["files"])
+    assert seen[1] == seen[0] and len({*seen}) == 4
+
+
+def test_changed_code_is_another_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Of what a control calls too, and of a second look; stock answers do not depend on it."""
+    vcd, look = Chosen(attnctl.VCD()), SecondLook({})
+    made = [arms.Arm("a"), arms.Arm("b", (vcd,)), arms.Arm("c", look=look)]
+    before = [arm.facts() for arm in made]
+    kernel = tmp_path / "kernels/new.py"
+    kernel.parent.mkdir()
+    kernel.write_text("")
+    monkeypatch.setattr(arms.kernels, "__path__", [str(kernel.parent)])
+    wanted = [arm.facts() for arm in made]
+    kernel.write_text("0")
+    changed = [arm.facts() != one for arm, one in zip(made, wanted, strict=True)]
+    assert changed == [False, True, True] and before[0] == wanted[0]
 
 
 def test_missing_and_broken_images(tmp_path: Path, parrot: Any, capsys: Any) -> None:

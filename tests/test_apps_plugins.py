@@ -17,6 +17,7 @@ from attnctl.apps.control_syntax import parse_control
 from attnctl.apps.eval.answering import Answerer, chat
 from attnctl.apps.plugins.loading import control_texts
 from attnctl.assets.world.pope import pope
+from attnctl.processors.analysis.asking import asked
 
 pytestmark = pytest.mark.skipif("tiny-llava" not in assets.names(), reason="no tiny-llava here")
 ROOT = Path(__file__).resolve().parents[1]
@@ -220,6 +221,30 @@ def test_vlmevalkit_model(
 def test_control_strings() -> None:
     assert control_texts("") == [] == control_texts('""')
     assert control_texts(f"'{STRONG} + var'") == [STRONG, "var"]
+
+
+def test_a_template_that_writes_the_first_token_itself(cases: list[Any]) -> None:
+    """As Gemma3's and Idefics3's do: the tokenizer must not put a second one before it."""
+    answerer, case = Answerer.load("tiny-llava", "cpu"), cases[0]
+    carver = attnctl.Carver(answerer.model, answerer.processor)
+    seen: list[list[list[int]]] = []
+
+    def note(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        if kwargs["input_ids"].shape[1] > 1:  # the prompt, and no written token
+            seen[-1].append(kwargs["input_ids"][0].tolist())
+
+    answerer.model.register_forward_pre_hook(note, with_kwargs=True)
+    for start in ("", "{{ bos_token }}"):
+        answerer.processor.chat_template = start + answerer.processor.chat_template
+        seen.append([])
+        answerer.reply([chat(case.question)], [[case.image]], 1)
+        carver.ask([case.image], case.question)
+        inputs = asked(answerer.model, answerer.processor, case.image, case.question)
+        seen[-1].append(inputs["input_ids"][0].tolist())
+    first = answerer.processor.tokenizer.bos_token_id
+    for plain, written in zip(*seen, strict=True):
+        assert plain[0] == written[0] == first and written.count(first) == 1
+        assert plain[2:] == written[2:]  # a first word has a blank before it or not
 
 
 def test_answers_do_not_depend_on_the_batch(cases: list[Any]) -> None:

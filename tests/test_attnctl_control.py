@@ -120,3 +120,25 @@ def test_the_first_preset_whose_whole_structure_fits(
     control: str, structure: tuple[str, int, int], name: str
 ) -> None:
     assert next(p.name for p in presets(control) if p.fits(*structure)) == name
+
+
+REAL = {
+    "SD 1.5": ("UNet2DConditionModel", 16, 8),
+    "SD 2.1": ("UNet2DConditionModel", 16, 5),
+    "SDXL": ("UNet2DConditionModel", 70, 10),
+    "SD3": ("SD3Transformer2DModel", 24, 24),
+    "FLUX.1": ("FluxTransformer2DModel", 57, 24),
+}
+STEERING = [
+    "a-star", "attend-and-excite", "conform", "disendiff", "divide-and-bind", "initno",
+    "regulation", "syngen",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("model", list(REAL))
+@pytest.mark.parametrize("name", STEERING)
+def test_steering_has_a_preset_for_every_model(name: str, model: str) -> None:
+    fitting = [preset for preset in presets(name) if preset.fits(*REAL[model])]
+    assert len(fitting) == 1 and fitting[0].denoiser
+    # no paper of these went beyond the first two
+    assert fitting[0].origin == "ours" or model.startswith("SD ")

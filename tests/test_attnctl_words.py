@@ -264,6 +264,7 @@ def test_positions_and_names_of_ones_own() -> None:
         (["ring#1"], "'ring' is not in the prompt"),
         ([], "no words"),
         (["red", "red"], "given twice"),
+        (5, "no list of words"),
         ({"x": [-1]}, "0 or more"),
         ({"x": []}, "expected a phrase"),
         ({"x": 1.5}, "expected a phrase"),

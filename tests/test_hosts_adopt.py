@@ -9,6 +9,7 @@ import io
 import pickle
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 import attnctl
-from attnctl.hosts.adopt import adopt, original_class, release
+from attnctl.hosts import tap
+from attnctl.hosts.adopt import Adopted, Front, adopt, original_class, release
 from attnctl.testing import zoo
 
 NAMES = ["sd1", "sd3", "flux"]
@@ -116,6 +118,36 @@ def test_bound_methods_outlive_the_release() -> None:
     call = mine.__call__
     release(mine)
     assert call(1) == 2
+
+
+def tenfold(stock: Any) -> Any:
+    def call(self: Any, x: int) -> int:
+        found: int = stock(self, x)
+        return 10 * found if isinstance(self, Adopted) else found
+
+    return call
+
+
+class Fronted:
+    """Mixin whose methods are made from the class's own."""
+
+    __call__ = Front(tenfold)
+    absent = Front(tenfold)
+
+
+def test_a_method_made_from_the_stock_one_looks_and_lasts_like_it() -> None:
+    mine, rich = Plain(), Rich()
+    adopt(mine, Fronted)
+    adopt(rich, Fronted)
+    assert mine(1) == rich(1) == 20
+    assert inspect.signature(mine.__call__) == inspect.signature(Plain().__call__)
+    assert mine.__call__.__doc__ == "Add."
+    # torch.compile counts by code object
+    assert type(mine).__call__.__code__ is not type(rich).__call__.__code__
+    assert not hasattr(rich, "absent")  # what the class lacks stays unknown
+    call = mine.__call__
+    release(mine)
+    assert call(1) == mine(1) == 2 and type(mine) is Plain
 
 
 def test_the_subclass_makes_objects_of_the_original_class() -> None:
@@ -373,3 +405,121 @@ def test_no_warning_is_given_by_any_of_it() -> None:
             copy.deepcopy(pipe)
             zoo.run(pipe)
     assert isinstance(pipe.transformer, nn.Module)
+
+
+# -- attention modules of diffusers -----------------------------------------------------------
+
+
+class Asked(attnctl.Control):
+    """Is asked at cross-attention and goes on."""
+
+    name = "asked-test"
+    kinds = ("cross",)
+
+    def attend(self, call: attnctl.AttentionCall) -> Tensor:
+        return call.proceed()
+
+
+class Signatures:
+    """Stands in for `inspect` and counts."""
+
+    count = 0
+
+    def signature(self, method: Any) -> inspect.Signature:
+        self.count += 1
+        return inspect.signature(method)
+
+
+def test_a_site_spares_the_look_at_its_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffusers.models import attention_processor as theirs
+
+    seen = Signatures()
+    monkeypatch.setattr(theirs, "inspect", seen)
+    unet = build("sd1").unet
+    sites = len(attnctl.sites(unet).select(kinds=("cross",)))
+    draw = torch.Generator().manual_seed(0)
+    inputs: dict[str, Any] = {
+        "sample": torch.randn(1, 4, 8, 12, generator=draw),
+        "timestep": 500,
+        "encoder_hidden_states": torch.randn(
+            1, 10, unet.config.cross_attention_dim, generator=draw
+        ),
+    }
+
+    def run(**more: Any) -> tuple[Tensor, int]:
+        before = seen.count
+        with torch.no_grad():
+            out = unet(**inputs, **more)[0]
+        return out, seen.count - before
+
+    stock, looks = run()
+    with attnctl.patch(unet, Asked()):
+        same, fewer = run()
+        assert torch.equal(same, stock) and fewer == looks - sites
+        # with arguments, diffusers itself says which the processor takes
+        same, again = run(cross_attention_kwargs={"unknown": 1})
+        assert torch.equal(same, stock) and again == looks
+    assert run()[1] == looks
+
+
+def test_a_forward_that_does_more_is_left_alone() -> None:
+    from diffusers.models.attention_processor import Attention
+
+    assert tap._inspects(Attention.forward)
+    assert not tap._inspects(nn.Linear.forward)
+
+    def other(self: Any, hidden_states: Tensor) -> Tensor:
+        return self.something_new(hidden_states)
+
+    other.__qualname__, other.__module__ = "Attention.forward", Attention.forward.__module__
+    assert not tap._inspects(other)
+
+
+def test_a_forward_that_is_replaced_under_the_patch_is_used(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from diffusers.models.attention_processor import Attention
+
+    calls, stock = list[Any](), Attention.forward
+
+    def other(self: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append(self)
+        return stock(self, *args, **kwargs)
+
+    attn = Attention(8, heads=2, dim_head=4)
+    x = torch.randn(1, 3, 8)
+    wanted = attn(x)
+    ref: Any = SimpleNamespace(serial=0)
+    for replaced_before in (False, True):
+        calls.clear()
+        if replaced_before:
+            monkeypatch.setattr(Attention, "forward", other)
+        tap.hook(attn, ref)
+        try:
+            assert torch.equal(attn(x), wanted) and len(calls) == replaced_before
+            monkeypatch.setattr(Attention, "forward", other)
+            assert torch.equal(attn(x), wanted) and len(calls) == 1 + replaced_before
+            monkeypatch.undo()
+            assert torch.equal(attn(x), wanted) and len(calls) == 1 + replaced_before
+        finally:
+            tap.unhook(attn)
+
+
+def test_names_are_restored_though_a_processor_went_out_of_reach() -> None:
+    from diffusers.models import attention_processor as theirs
+
+    unet = build("sd1").unet
+    sites = attnctl.sites(unet)
+    at = next(iter(sites.select(kinds=("cross",))))
+    module = unet.get_submodule(sites[at].name)
+    before, names = module.processor, theirs.F
+    first, second = attnctl.patch(unet, Asked()), attnctl.patch(unet, Asked())
+    try:
+        assert theirs.F is not names
+        module.set_processor(theirs.AttnProcessor())
+        first.undo()
+        assert theirs.F is not names
+    finally:
+        second.undo()
+        module.set_processor(before)
+    assert theirs.F is names

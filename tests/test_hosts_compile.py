@@ -316,7 +316,8 @@ def test_the_values_themselves_are_a_legal_output(backend: str) -> None:
     q = torch.randn(1, 2, 3, 4)
     site = module.attn._attnctl_site
     call = (q, q, q, None, None, False, False, site, 0, "sdpa")
-    forward = SimpleNamespace(binding=binding_of(module), attend=lambda *_, **part: q)
+    attend = lambda *_, **part: q  # noqa: E731
+    forward = SimpleNamespace(binding=binding_of(module), watches={}, attend=attend)
     LOCAL.forward = forward  # type: ignore[assignment]
     try:
         out = torch.ops.attnctl.attend(*call)

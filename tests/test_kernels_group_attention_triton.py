@@ -19,6 +19,7 @@ from attnctl.kernels.group_attention import (
     codes_call,
     edit_rows,
     edited_row,
+    ops,
     rows_fit,
 )
 from attnctl.processors.vlm.sinks import phi
@@ -27,6 +28,7 @@ from attnctl.testing import oracles
 from attnctl.testing.alone import INTERPRETED as INSIDE
 from attnctl.testing.alone import run_alone, set_up_interpreter
 from attnctl.testing.calls import tensors
+from attnctl.testing.flash import choose_attention, flash_stand_in
 from attnctl.testing.vlms import VLMS, generate
 
 pytest.importorskip("triton")
@@ -109,6 +111,30 @@ EDITS: list[dict[str, Any]] = [
     {"strength": 0.7},
     {"strength": 0.6, "move": True, "rho": RHO, "least": LEAST},
 ]
+
+
+@pytest.mark.parametrize("edit", EDITS, ids=["raise", "move"])
+@pytest.mark.parametrize("mask", ["none", "bool", "float"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_operator(edit: dict[str, Any], mask: str, dtype: torch.dtype) -> None:
+    """Which compiled code has for a written token: in torch, and by the kernel, in parts too."""
+    q, k, v = tensors(2, 6, 1, 24, kv_heads=2, keys=261, dtype=dtype)
+    codes, some = codes_of(2, 261), (torch.arange(6) % 2).to(torch.uint8)
+    seen, counts = masks(mask, 2, 6, 1, 261), torch.zeros(ops.COUNTS, dtype=torch.int32)
+    made = Edit(codes, **edit)
+    for heads in (None, some):
+        exact, hit = wanted(q, k, v, made._replace(heads=heads), seen, False)
+        numbers = made.strength, made.move, made.rho, made.least
+        out = ops.call(q, k, v, seen, codes, heads, counts, numbers, None)
+        error = (out.transpose(1, 2).double() - exact).abs().max()
+        assert hit.any() and error < (1e-12 if dtype == torch.float64 else 2e-5)
+        assert not counts.any()
+    if not INSIDE and dtype == torch.float32:
+        torch.library.opcheck(
+            torch.ops.attnctl.edited_row.default,
+            (q, k, v, seen, codes, some, counts, *map(float, numbers[:1]), *numbers[1:], 0.2),
+            test_utils=("test_schema", "test_faketensor"),
+        )
 
 
 @inside
@@ -308,6 +334,98 @@ def test_whole_models_take_it(
     assert not runs
     torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-4)
     assert (plain - stock).abs().max() > 1e-3
+
+
+@inside
+@pytest.mark.parametrize(
+    ("family", "control", "options"),
+    [("llava", "pai", {"rows": "text"}), ("llava", "var", {}), ("gemma3", "pai", {})],
+)
+def test_models_on_flash_attention_take_it(
+    family: str, control: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Padding is beside the causal flag there, and no mask of queries by keys is made for it."""
+    model, inputs = VLMS[family].build(), VLMS[family].inputs((0, 1))
+    inputs.pop("token_type_ids", None)
+    made = attnctl.control(control, **{**CONTROLS[control], **options})
+    runs: list[tuple[bool, tuple[int, ...], bool]] = []
+    start = kernel.rows_call
+
+    def noted(*args: Any) -> Any:
+        mask: Tensor | None = args[5]
+        shape = () if mask is None else tuple(mask.shape[1:3])
+        runs.append((args[4] is None, shape, args[7]))
+        return start(*args)
+
+    def attend(*_: Any) -> Tensor:
+        raise AssertionError("not the short way")
+
+    monkeypatch.setattr(kernel, "rows_call", noted)
+    monkeypatch.setattr(type(made), "attend", attend)
+    with flash_stand_in():
+        choose_attention(model, "flash_attention_2")
+        with attnctl.patch(model, made):
+            found = generate(model, inputs, 3)
+    monkeypatch.undo()
+    prompts = {(shape, causal) for written, shape, causal in runs if not written}
+    assert ((1, 1), True) in prompts and any(written for written, *_ in runs)
+    assert family == "gemma3" or len(prompts) == 1  # a window needs a mask that says it
+    choose_attention(model, "sdpa")
+    monkeypatch.setattr("attnctl.processors.vlm.rows.rows_fit", lambda *_: False)
+    monkeypatch.setattr("attnctl.processors.vlm.sinks.codes_call", lambda *_: None)
+    with attnctl.patch(model, made):
+        torch.testing.assert_close(found, generate(model, inputs, 3), rtol=1e-4, atol=1e-4)
+
+
+@inside
+def test_queries_in_front_of_the_image_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They see no image token, so that nothing is moved there; without a mask this is known."""
+    model, inputs = VLMS["llava"].build(), VLMS["llava"].inputs((0,))
+    image = (inputs["input_ids"][0] == model.config.image_token_id).nonzero()[:, 0]
+    rows: list[Any] = []
+    start = kernel.RowsCall.__call__
+
+    def noted(*args: Any) -> None:
+        rows.append(args[6])
+        start(*args)
+
+    monkeypatch.setattr(kernel.RowsCall, "__call__", noted)
+    control = attnctl.control("var", **CONTROLS["var"])
+    with attnctl.patch(model, control):
+        found = generate(model, inputs, 1)
+    after = torch.arange(int(image[-1]) + 1, inputs["input_ids"].shape[1])
+    assert int(image[0]) > 0 and len(rows) > 1
+    assert all(torch.equal(few.columns, after.int()) for few in rows)
+    assert all(few.flags.shape == (1, len(after)) for few in rows)
+    monkeypatch.setattr("attnctl.processors.vlm.rows.rows_fit", lambda *_: False)
+    monkeypatch.setattr("attnctl.processors.vlm.sinks.codes_call", lambda *_: None)
+    with attnctl.patch(model, control):
+        torch.testing.assert_close(found, generate(model, inputs, 1), rtol=1e-4, atol=1e-4)
+
+
+@inside
+def test_written_tokens_whose_kernel_declines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers show their input while sinks are looked for; after that, nothing needs it."""
+    from attnctl.hosts import vlm
+    from attnctl.processors.vlm.rows import EditedRow
+
+    model, inputs = VLMS["llava"].build(), VLMS["llava"].inputs((0, 1))
+    control = attnctl.control("var", **CONTROLS["var"])
+    shown: list[bool] = []
+    run, decline = EditedRow.__call__, lambda *_: None
+
+    def noted(self: Any, *args: Any) -> Any:
+        assert vlm.LOCAL.forward is not None
+        shown.append(vlm.LOCAL.forward.stream is not None)
+        return run(self, *args)
+
+    with attnctl.patch(model, control):
+        monkeypatch.setattr(EditedRow, "__call__", noted)
+        found = generate(model, inputs, 4)
+        layers = model.config.text_config.num_hidden_layers
+        assert any(shown) and not any(shown[layers:])
+        monkeypatch.setattr(EditedRow, "__call__", decline)
+        torch.testing.assert_close(found, generate(model, inputs, 4), rtol=1e-4, atol=1e-4)
 
 
 @inside

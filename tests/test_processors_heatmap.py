@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,7 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import attnctl
 from attnctl import assets
 from attnctl.assets import world
-from attnctl.hosts import targets
+from attnctl.hosts import tap, targets
+from attnctl.hosts.denoiser import Forward
 from attnctl.hosts.run import LOCAL
 from attnctl.kernels.lse import Columns
 from attnctl.processors.analysis import HeatMap, TokenMaps, reading, token_mass
@@ -318,6 +320,104 @@ def test_a_watched_site_is_asked_again_when_others_act_there(asked: list[str]) -
     # once by itself, then both of them at two steps
     assert len(asked) == sites + sites + 2 * 2 * sites
     torch.testing.assert_close(common(runs), common([alone]), rtol=1e-6, atol=1e-7)
+
+
+def offered(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return where calls of a site go the whole way, call by call."""
+    sites, stock = list[int](), Forward.attend
+
+    def attend(self: Forward, ref: tap.SiteRef, *call: Any, **more: Any) -> Tensor:
+        sites.append(ref.index)
+        return stock(self, ref, *call, **more)
+
+    monkeypatch.setattr(Forward, "attend", attend)
+    return sites
+
+
+@pytest.mark.parametrize("name", ["sd1", "sd3", "wan"])
+def test_the_straight_line_is_the_whole_way_bit_for_bit(
+    name: str, asked: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe, steps = built(name), 3
+    stock, sites = zoo.run(pipe, steps=steps), offered(monkeypatch)
+    found, calls, ways = list[list[TokenMaps]](), list[Any](), list[int]()
+    for straight in (True, False):
+        if not straight:
+            monkeypatch.setattr(tap, "_watched", lambda *given: False)
+        sites.clear()
+        found.append([])
+        with attnctl.patch(pipe, HeatMap(WORDS, found[-1].append)) as handle:
+            assert torch.equal(zoo.run(pipe, steps=steps), stock)
+            calls.append([(line.sites, line.calls) for line in handle.report().lines])
+        ways.append(len(sites))
+    assert calls[0] == calls[1] and ways[1] == steps * ways[0] > 0
+    for mine, other in zip(*found, strict=True):
+        assert mine.tallies == other.tallies and mine.sums.keys() == other.sums.keys()
+        assert all(torch.equal(sums, other.sums[key]) for key, sums in mine.sums.items())
+
+
+def test_the_straight_line_is_for_sites_that_are_only_read(
+    asked: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe, sites, each = built("sd1"), offered(monkeypatch), 4
+    cross = len(attnctl.sites(pipe).select(kinds=("cross",)))
+    halves = {"up": len(attnctl.sites(pipe).select("up", kinds=("cross",)))}
+
+    def way(*controls: attnctl.Control) -> int:
+        sites.clear()
+        with attnctl.patch(pipe, *controls):
+            zoo.run(pipe, steps=each)
+        return len(sites)
+
+    def maps(**options: Any) -> HeatMap:
+        return HeatMap(WORDS, lambda maps: None, **options)
+
+    assert way(maps()) == cross
+    assert way(attnctl.PLADIS(lam=1.5)) == each * cross
+    assert way(maps(), attnctl.PLADIS(lam=1.5)) == each * cross
+    # where the other one does not act, it is read all the same
+    both = way(maps(), attnctl.PLADIS(lam=1.5, heads="up"))
+    assert both == each * halves["up"] + (cross - halves["up"])
+    assert way(maps(), attnctl.PLADIS(lam=1.5, start=0.5)) == cross + each // 2 * cross
+
+
+def test_a_processor_put_in_after_the_patch_is_read_too(asked: list[str]) -> None:
+    from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+
+    class Own(AttnProcessor2_0):
+        """In a module of its own, whose names are not patched yet."""
+
+        def __call__(self, attn: Any, hidden_states: Tensor, **given: Any) -> Any:
+            query = attn.to_q(hidden_states)
+            key, value = (to(given["encoder_hidden_states"]) for to in (attn.to_k, attn.to_v))
+            q, k, v = (
+                x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in (query, key, value)
+            )
+            out = F.scaled_dot_product_attention(q, k, v)
+            return attn.to_out[0](out.transpose(1, 2).flatten(2))
+
+    unet, runs = built("sd1").unet, list[TokenMaps]()
+    at = attnctl.sites(unet).select(kinds=("cross",))
+    modules = [unet.get_submodule(attnctl.sites(unet)[i].name) for i in at]
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 4, 8, 12, generator=draw)
+    text = torch.randn(1, 10, unet.config.cross_attention_dim, generator=draw)
+    before = [module.processor for module in modules]
+    try:
+        with attnctl.patch(unet, HeatMap(WORDS, runs.append), steps=3), torch.no_grad():
+            unet(x, 900, encoder_hidden_states=text)
+            one = {key: list(tally) for key, tally in runs[0].tallies.items()}
+            for module in modules:
+                module.set_processor(Own())
+            unet(x, 500, encoder_hidden_states=text)
+            assert runs[0].tallies == {key: [2 * n for n in tally] for key, tally in one.items()}
+            modules[0].set_processor(AttnProcessor())
+            for _ in range(2):  # and goes on being refused
+                with pytest.raises(attnctl.HostError, match="AttnProcessor, which computes"):
+                    unet(x, 400, encoder_hidden_states=text)
+    finally:
+        for module, processor in zip(modules, before, strict=True):
+            module.set_processor(processor)
 
 
 def test_a_bare_denoiser_reads_each_run_by_itself(asked: list[str]) -> None:

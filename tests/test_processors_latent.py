@@ -23,6 +23,7 @@ from attnctl.words.prompts import Prompt
 
 WORDS = [[1], [2]]
 PROMPTS = ["a red circle and a blue square", "a green ring and a yellow star"]
+LEFT, RIGHT = (0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0)
 
 
 def build(name: str) -> Any:
@@ -482,11 +483,10 @@ def overlap_of(*controls: attnctl.Control) -> float:
 
 def test_a_layout_says_where_things_are() -> None:
     """The share of the first noun's map in the left half, with it there and on the right."""
-    left, right = (0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0)
     mask = torch.zeros(4, 4)
     mask[:, :2] = 1
     shares = []
-    for layout in ([left, right], {"circle": right, "square": left}, [mask, 1 - mask]):
+    for layout in ([LEFT, RIGHT], {"circle": RIGHT, "square": LEFT}, [mask, 1 - mask]):
         control = attnctl.AStar(
             scale=0.05, normalise=True, heads="L1-2", segregate=0.0, layout=layout, decay=1.0
         )
@@ -499,6 +499,53 @@ def test_a_layout_says_where_things_are() -> None:
         shares.append(float(found[:, :4].sum() / found.sum()))
     assert shares[0] > shares[1] + 0.1
     assert shares[2] == pytest.approx(shares[0], abs=0.02)
+
+
+def test_objects_are_drawn_where_a_layout_says() -> None:
+    """Red left of blue, then the other way, from the same noise."""
+    pipe, across = tiny_sd(), torch.arange(64.0)
+    for layout, left in (([LEFT, RIGHT], True), ([RIGHT, LEFT], False)):
+        control = attnctl.AStar(layout=layout, segregate=0.0, heads="L1-2", keep_norm=True)
+        noise = [torch.Generator().manual_seed(seed) for seed in range(6)]
+        with attnctl.patch(pipe, control):
+            pictures = pipe(
+                PROMPTS[:1] * 6, generator=noise, num_inference_steps=12, guidance_scale=5.0,
+                output_type="pt",
+            ).images  # fmt: skip
+        middles = []
+        for channel in (0, 2):
+            others = [i for i in range(3) if i != channel]
+            mine = (pictures[:, channel] - pictures[:, others].amax(1) - 0.2).clamp_min(0)
+            middles.append((mine * across).sum((1, 2)) / mine.sum((1, 2)).clamp_min(1e-6))
+        assert int(((middles[0] < middles[1]) == left).sum()) >= 5
+
+
+def test_forms_of_a_layout() -> None:
+    """Phrases in any order, a word, discs and arrays; each prompt of a batch its own."""
+
+    def placed(layout: Any, prompts: Any = PROMPTS[0], seeds: Any = (1,)) -> Tensor:
+        control = attnctl.AStar(scale=3.0, layout=layout)
+        return drawn(prompts, list(seeds), control)
+
+    listed = placed([LEFT, RIGHT])
+    assert not close(listed, placed([RIGHT, LEFT]), 1e-2)
+    for same in (
+        {"red circle": LEFT, "blue square": RIGHT},
+        {"blue square": RIGHT, "red circle": LEFT},
+        "row",
+    ):
+        assert close(listed, placed(same), 1e-5)
+    mask = torch.zeros(4, 4)
+    mask[:2, :2] = 1
+    corner = placed([mask, 1 - mask])
+    assert torch.equal(corner, placed([mask.bool().numpy(), (1 - mask).numpy()]))
+    assert not close(corner, placed([(0.2, 0.2), (0.7, 0.7, 0.3)]), 1e-3)
+
+    other = {"star": LEFT, "ring": RIGHT}
+    first, second = placed([LEFT, RIGHT]), placed(other, PROMPTS[1], [2])
+    both = placed([{"circle": LEFT, "square": RIGHT}, other], PROMPTS, [1, 2])
+    assert close(both, torch.cat([first, second]))
+    assert not close(second, placed([LEFT, RIGHT], PROMPTS[1], [2]), 1e-2)
 
 
 # -- words and errors --------------------------------------------------------------------------
@@ -525,6 +572,10 @@ def test_objects_of_a_prompt() -> None:
         (["a#all"], "names 2 places"),
         ([], "no object"),
         ([[]], "without tokens"),
+        (5, "no list of words"),
+        ([None], "no list of words"),
+        (["circle", "red circle"], "noun of 'red circle'"),
+        ([[7], [3], [7]], "another object's too"),
     ],
 )
 def test_words_that_cannot_be_steered(words: Any, message: str) -> None:
@@ -544,6 +595,13 @@ def test_words_that_cannot_be_steered(words: Any, message: str) -> None:
         (lambda: attnctl.AStar(at_once=0), "at_once"),
         (lambda: attnctl.AStar(retain=-1.0), "retain"),
         (lambda: attnctl.AStar(level=1.0), "level"),
+        (lambda: attnctl.AStar(layout=5), "layout=5"),
+        (lambda: attnctl.AStar(layout="column"), "'row'"),
+        (lambda: attnctl.AStar(layout=[LEFT, (0.5, 0.0, 0.2, 1.0)]), "'object 2'"),
+        (lambda: attnctl.AStar(layout={"circle": torch.zeros(4, 4)}), "'circle' is empty"),
+        (lambda: attnctl.AStar(layout=[LEFT], retain=0.0), "retain=0"),
+        (lambda: attnctl.AStar(layout={0: LEFT}), "key 0"),
+        (lambda: attnctl.AStar(["circle"], layout={"circle": LEFT}), "too many"),
         (lambda: attnctl.Conform(temperature=0.0), "temperature"),
         (lambda: attnctl.DisenDiff(bind=-1.0), "bind"),
     ],
@@ -569,9 +627,12 @@ def test_runs_that_cannot_be_steered() -> None:
     bad = attnctl.AStar(layout=[(0, 0, 1, 1)])
     with pytest.raises(attnctl.OptionError, match="1 places for 2"):
         drawn(PROMPTS[0], [1], bad)
-    flat = attnctl.AStar(layout=[(0, 0, 1, 1), (0.5, 0, 0.2, 1)])
-    with pytest.raises(attnctl.OptionError, match="no box"):
-        drawn(PROMPTS[0], [1], flat)
+    missing = attnctl.AStar(layout={"circle": LEFT, "ring": RIGHT})
+    with pytest.raises(attnctl.OptionError, match="'ring' is not in the prompt"):
+        drawn(PROMPTS[0], [1], missing)
+    two = attnctl.AStar(layout=[{"circle": LEFT, "square": RIGHT}] * 2)
+    with pytest.raises(attnctl.OptionError, match="2 layouts for 1 prompts"):
+        drawn(PROMPTS[:1], [1], two)
 
 
 def test_offloaded_weights_and_caches_are_refused() -> None:

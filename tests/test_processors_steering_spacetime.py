@@ -6,6 +6,7 @@ import functools
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -49,11 +50,14 @@ def test_regions_by_hand() -> None:
     assert coverage(mask, (1, 2, 2), CPU).tolist() == [1, 0, 0, 0]
     assert coverage(mask[:, 1:3], (1, 1, 1), CPU).tolist() == [0.25]
     assert coverage((0.0, 0.0), (1, 10, 10), CPU).sum() == 3  # cut off at the corner
+    for same in (mask.numpy(), mask.bool().numpy(), mask.bool(), 255 * mask):
+        assert torch.equal(checked_region(same, "circle"), mask)
 
 
 @pytest.mark.parametrize(
     "region", [(0.5,), (0.5, 1.5), (0.5, 0.5, -1), (0.5, 0, 0.4, 1), (0, 0, 1, 2), "left", 3,
-               torch.zeros(3)],
+               torch.zeros(3), (0.5, 0.5, 0), torch.zeros(4, 4), torch.full((4, 4), torch.nan),
+               np.zeros((2, 4, 4))],
 )  # fmt: skip
 def test_what_is_no_region_is_refused(region: Any) -> None:
     with pytest.raises(attnctl.OptionError, match="of 'circle'"):

@@ -11,7 +11,7 @@ from torch import Tensor
 import attnctl
 from attnctl.kernels.group_attention import Edit, Rows
 from attnctl.processors.vlm.pai import add_bias, raised_logits
-from attnctl.processors.vlm.rows import EditedPrompt, RowMemory
+from attnctl.processors.vlm.rows import EditedPrompt, RowMemory, _before_images
 from attnctl.records import PromptCall
 from attnctl.testing import oracles
 from attnctl.testing.calls import Record
@@ -199,9 +199,23 @@ def test_a_layer_on_another_device_is_asked_in_the_usual_way() -> None:
         return Edit(torch.zeros(1, 5, dtype=torch.uint8), 0.2)
 
     elsewhere = Rows(rows.columns.to("meta"), rows.flags.to("meta"))
-    assert EditedPrompt(elsewhere, 5, edit, RowMemory())(call) is None and not asked
-    EditedPrompt(rows, 5, edit, RowMemory())(call)
+    assert EditedPrompt(elsewhere, elsewhere, 5, edit, RowMemory())(call) is None and not asked
+    EditedPrompt(rows, rows, 5, edit, RowMemory())(call)
     assert asked == [0]
+
+
+@pytest.mark.parametrize(
+    ("image", "tokens", "early"),
+    [((), 9, 4), ((3,), 9, 2), ((3, 1), 9, 1), ((0,), 9, 0), ((8,), 9, 4), ((8,), 7, 3)],
+)
+def test_queries_in_front_of_all_images(image: tuple[int, ...], tokens: int, early: int) -> None:
+    """Of a batch, and of the last part of a prompt."""
+    columns, there = torch.tensor([0, 1, 5, 6]), torch.zeros(2, 9, dtype=torch.bool)
+    for row, slot in enumerate(image):
+        there[row, slot] = True
+    assert _before_images(there, columns, tokens) == early
+    if len(image) < 2:
+        assert _before_images(there[:1], columns, tokens) == early
 
 
 def test_presets() -> None:

@@ -14,6 +14,7 @@ from attnctl import assets
 from attnctl.apps.fingerprint import fingerprint
 from attnctl.apps.models import ModelError, first_line, placed
 from attnctl.hosts.adopt import original_class
+from attnctl.processors.vlm.prompts import begun
 
 from .bad_data import EvalError
 
@@ -109,7 +110,8 @@ class Answerer:
         prompts = [template(list(one), add_generation_prompt=True) for one in chats]
         flat = [picture for some in images for picture in some]
         pictures = {"images": flat} if flat else {}
-        inputs = self.processor(text=prompts, **pictures, padding=True, return_tensors="pt")
+        how = {"padding": True, **begun(self.processor, prompts)}
+        inputs = self.processor(text=prompts, **pictures, return_tensors="pt", **how)
         inputs = {k: self._placed(v) for k, v in inputs.items()}
         settings = {"do_sample": False, "num_beams": 1, "pad_token_id": self.pad, **options}
         ids = self.model.generate(**inputs, max_new_tokens=max_new_tokens, **settings)

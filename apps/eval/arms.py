@@ -14,6 +14,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import attnctl
+from attnctl import kernels, processors
 from attnctl.apps.chosen import Chosen
 from attnctl.apps.record import control_data
 
@@ -21,6 +22,7 @@ from .answer_file import AnswerFile
 from .answering import Answerer, Reply, chat
 from .bad_data import BadData, EvalError, Skips
 from .items import Item, find_image
+from .sampling import Sampling
 from .second_look import SecondLook
 
 __all__ = ["Arm", "Asking", "patched", "run_arm"]
@@ -45,12 +47,22 @@ class Arm:
     def facts(self) -> dict[str, Any]:
         """Return what the answers depend on: controls and second look, code, wrong images."""
         code = hashlib.sha256()
-        for one in self.chosen:
-            code.update(Path(inspect.getfile(type(one.control))).read_bytes())
+        for path in _sources(self.chosen) if self.chosen or self.look else []:
+            code.update(path.read_bytes())
         swapped = None if self.shown is None else {k: v.image for k, v in self.shown.items()}
         controls = [control_data(one) for one in self.chosen]
         found = {"controls": controls, "code": code.hexdigest(), "shown": swapped}
         return found if self.look is None else {**found, "look": self.look.facts()}
+
+
+def _sources(chosen: Sequence[Chosen]) -> list[Path]:
+    """Return the files of code that a model runs with controls or a second look.
+
+    attnctl's core, processors and kernels whole: a control's own file is the least of it.
+    """
+    parts = [attnctl, processors, kernels]
+    files = {path for part in parts for path in Path(part.__path__[0]).rglob("*.py")}
+    return sorted(files | {Path(inspect.getfile(type(one.control))) for one in chosen})
 
 
 @dataclass(frozen=True)
@@ -62,12 +74,14 @@ class Asking:
         prompt: the words, "{question}" standing for the question.
         batch: questions per call.
         max_new_tokens: most tokens per answer.
+        sampling: how answers are drawn; None for greedy ones.
     """
 
     images: Path
     prompt: str = "{question}"
     batch: int = 8
     max_new_tokens: int = 64
+    sampling: Sampling | None = None
 
     def check(self) -> None:
         """Refuse what cannot be asked.
@@ -81,6 +95,8 @@ class Asking:
             raise EvalError("--batch and --max-new-tokens must be 1 at least")
         if not self.images.is_dir():
             raise EvalError(f"--images {self.images} is no folder")
+        if self.sampling is not None:
+            self.sampling.check()
 
 
 @contextlib.contextmanager
@@ -148,7 +164,8 @@ def _replies(
         replies = look.reply(answerer, images, asked, asking.max_new_tokens)
     else:
         shown = [[image] for image in images]
-        replies = answerer.reply([*map(chat, asked)], shown, asking.max_new_tokens)
+        draws = asking.sampling.options([item.id for item in items]) if asking.sampling else {}
+        replies = answerer.reply([*map(chat, asked)], shown, asking.max_new_tokens, **draws)
     return {item.id: reply for item, reply in zip(items, replies, strict=True)}
 
 

@@ -70,7 +70,7 @@ def _add(benchmark: str) -> None:
             int | None, typer.Option(metavar="N", help="Most items; whole images are drawn.")
         ] = None,
         seed: Annotated[
-            int, typer.Option(metavar="N", help="Of the drawn items and the wrong images.")
+            int, typer.Option(metavar="N", help="Of drawn items, wrong images and drawn answers.")
         ] = 0,
         batch: Annotated[int, typer.Option(metavar="N", help="Questions per call.")] = 8,
         max_new_tokens: Annotated[
@@ -86,6 +86,15 @@ def _add(benchmark: str) -> None:
         mismatched: Annotated[
             bool, typer.Option("--mismatched", help="Also ask about another image than meant.")
         ] = False,
+        sample: Annotated[
+            bool, typer.Option("--sample", help="Draw answers, each from its own random numbers.")
+        ] = False,
+        temperature: Annotated[
+            float | None, typer.Option(metavar="T", help="Of drawn answers; default: 1.")
+        ] = None,
+        top_p: Annotated[
+            float | None, typer.Option(metavar="P", help="Of drawn answers; default: 1, all.")
+        ] = None,
         skip_bad: SkipBad = False,
         device: Annotated[str, typer.Option(metavar="NAME", help="auto, cpu or cuda.")] = "auto",
         dtype: Annotated[
@@ -99,10 +108,17 @@ def _add(benchmark: str) -> None:
         from .arms import Asking
         from .benchmarks import LENGTHS, Sources
         from .command import Order, evaluate
+        from .sampling import Sampling
 
         sources = Sources(benchmark, annotations, synonyms, ids, split)
         length = LENGTHS[benchmark] if max_new_tokens is None else max_new_tokens
-        asking = Asking(images, prompt, batch, length)
+        given = {
+            k: v for k, v in (("temperature", temperature), ("top_p", top_p)) if v is not None
+        }
+        if given and not sample:
+            raise typer.BadParameter("--temperature and --top-p go with --sample")
+        drawn = Sampling(**given, seed=seed) if sample else None
+        asking = Asking(images, prompt, batch, length, drawn)
         order = Order(
             sources, model, asking, out, tuple(control or ()), limit, seed, tuple(parser or ()),
             words, alike, mismatched, skip_bad, device, dtype,

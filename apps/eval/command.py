@@ -45,7 +45,7 @@ class Order:
         controls: texts of the controls that make up the method, "carve:..." among them for a
             second look; none for the model alone.
         limit: most items; None for all.
-        seed: of the choice of items and of the wrong images.
+        seed: of the choice of items and of the wrong images; draws have one in `asking`.
         parsers: names; none for the benchmark's own.
         words, alike: see `Scoring`.
         mismatched: also show every question with another image.
@@ -112,6 +112,7 @@ def evaluate(order: Order, note: Callable[[str], None]) -> list[Scored]:
             {name: stored.answers() for name, (_, stored) in found.items()},
             plan.tables,
             how,
+            _decoding(order),
         )
         for how in scorings
     ]
@@ -129,6 +130,8 @@ def make_plan(order: Order) -> Plan:
     order.asking.check()
     if order.limit is not None and order.limit < 1:
         raise EvalError(f"--limit {order.limit} must be 1 at least")
+    if order.asking.sampling and take_look(order.controls)[1]:
+        raise EvalError("carve answers greedily; leave it or --sample out")
     skips = Skips(order.skip_bad)
     items = sample(_there(order, read_items(order.sources, skips)), order.limit, order.seed)
     plan = Plan([], order.sources.tables(), skips)
@@ -170,9 +173,13 @@ def _facts(order: Order, plan: Plan) -> dict[str, Any]:
         "prompt": order.asking.prompt,
         "max_new_tokens": order.asking.max_new_tokens,
         "batch": order.asking.batch,
-        "decoding": "greedy",
+        "decoding": _decoding(order),
         "versions": {**versions(), "pillow": PIL.__version__},
     }
+
+
+def _decoding(order: Order) -> str:
+    return str(order.asking.sampling or "greedy")
 
 
 def _arms(order: Order, plan: Plan, answerer: Answerer) -> list[Arm]:

@@ -53,9 +53,9 @@ def rescore(order: Rescore, note: Callable[[str], None]) -> list[Scored]:
     """
     skips = Skips(order.skip_bad)
     if order.sources is None:
-        benchmark, arms, tables = _ours(order)
+        benchmark, arms, tables, decoding = _ours(order)
     else:
-        items = read_items(order.sources, skips)
+        items, decoding = read_items(order.sources, skips), None
         benchmark, tables = order.sources.benchmark, order.sources.tables()
         arms = {_name(p): read_answers(benchmark, p, items, skips) for p in order.files}
     if len(arms) < len(order.files):
@@ -63,7 +63,7 @@ def rescore(order: Rescore, note: Callable[[str], None]) -> list[Scored]:
     for name in order.parsers:
         find_parser(benchmark, name)
     ways = [Scoring(name, order.words, order.alike) for name in order.parsers or (None,)]
-    results = [score_arms(benchmark, arms, tables, how) for how in ways]
+    results = [score_arms(benchmark, arms, tables, how, decoding) for how in ways]
     print("\n\n\n".join(one.text(terminal_width()) for one in results))
     told(skips.reasons, note)
     if order.out is not None:
@@ -72,8 +72,10 @@ def rescore(order: Rescore, note: Callable[[str], None]) -> list[Scored]:
     return results
 
 
-def _ours(order: Rescore) -> tuple[str, dict[str, Mapping[str, Answer]], dict[str, Any]]:
-    """Return benchmark, answers and tables of files that `attnctl eval` wrote."""
+def _ours(
+    order: Rescore,
+) -> tuple[str, dict[str, Mapping[str, Answer]], dict[str, Any], str]:
+    """Return benchmark, answers, tables and decoding of files that `attnctl eval` wrote."""
     stored = {_name(path): load(path) for path in order.files}
     kinds = {one.head["benchmark"] for one in stored.values()}
     items = {json.dumps(one.head["facts"].get("items")) for one in stored.values()}
@@ -84,7 +86,8 @@ def _ours(order: Rescore) -> tuple[str, dict[str, Mapping[str, Answer]], dict[st
         )
     first = next(iter(stored.values()))
     arms: dict[str, Mapping[str, Answer]] = {k: one.answers() for k, one in stored.items()}
-    return kinds.pop(), arms, first.head["tables"]
+    ways = dict.fromkeys(one.head["facts"].get("decoding", "greedy") for one in stored.values())
+    return kinds.pop(), arms, first.head["tables"], "; ".join(ways)
 
 
 def _name(path: Path) -> str:

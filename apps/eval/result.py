@@ -29,6 +29,7 @@ class Scored:
         gains: over the first arm, by arm and figure.
         n: items that every arm has an answer to.
         left_out: items that at least one arm has no answer to.
+        decoding: how tokens were chosen; None where that is not known.
     """
 
     benchmark: str
@@ -38,6 +39,7 @@ class Scored:
     gains: Mapping[str, Mapping[str, Interval]]
     n: int
     left_out: int
+    decoding: str | None = None
 
     def text(self, width: int) -> str:
         """Return the table."""
@@ -52,6 +54,8 @@ class Scored:
         heads = ["", "value", f"gain over {base}"]
         wide = 3 if self.gains else 2
         told = f"{self.benchmark}, {self.how.describe(self.benchmark)}, {self.n} items"
+        if self.decoding not in (None, "greedy"):
+            told += f", {self.decoding}"
         if self.left_out:
             told += f"; {self.left_out} without an answer in every arm left out"
         note = "[ ] is a 95 % bootstrap interval over the images"
@@ -66,6 +70,7 @@ class Scored:
             "scoring": asdict(self.how),
             "items": self.n,
             "left_out": self.left_out,
+            "decoding": self.decoding,
             "figures": {arm: _plain(found) for arm, found in self.values.items()},
             "gains": {arm: _plain(found) for arm, found in self.gains.items()},
         }
@@ -87,6 +92,7 @@ def score_arms(
     arms: Mapping[str, Mapping[str, Answer]],
     tables: Mapping[str, Any],
     how: Scoring,
+    decoding: str | None = None,
 ) -> Scored:
     """Score arms on the items that all of them have answers to; gains are over the first.
 
@@ -95,6 +101,7 @@ def score_arms(
         arms: answers by item, by arm.
         tables: what the score needs beside the answers.
         how: the way of scoring.
+        decoding: how tokens were chosen; None where that is not known.
 
     Raises:
         EvalError: if no item has an answer in every arm.
@@ -118,4 +125,5 @@ def score_arms(
         {name: difference(tallies[name], tallies[base]) for name in others},
         len(order),
         len(set.union(*every) - common),
+        decoding,
     )

@@ -6,17 +6,13 @@ one. What else is listed acts in all of its passes.
 
 from __future__ import annotations
 
-import hashlib
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import attnctl
 from attnctl.apps.control_syntax import control_text, split_control
 from attnctl.errors import OptionError
-from attnctl.processors.vlm import carve_maps, carving
 
 from .answering import Answerer, Reply
 from .bad_data import EvalError
@@ -98,15 +94,9 @@ class SecondLook:
         return control_text(NAME, self.options)
 
     def facts(self) -> dict[str, Any]:
-        """Return what answers depend on: every option and the code."""
+        """Return what answers depend on, beside the code: every option."""
         full = attnctl.Carver(None, None, **self.options)
-        code = hashlib.sha256()
-        for module in (carving, carve_maps):
-            code.update(Path(inspect.getfile(module)).read_bytes())
-        return {
-            "options": {key: getattr(full, key) for key in _KINDS},
-            "code": code.hexdigest(),
-        }
+        return {"options": {key: getattr(full, key) for key in _KINDS}}
 
     def reply(
         self,

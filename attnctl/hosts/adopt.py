@@ -13,11 +13,12 @@ import functools
 import threading
 import types
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 from ..errors import AttnctlWarning
 
-__all__ = ["PREFIX", "Uncopied", "adopt", "original_class", "release"]
+__all__ = ["PREFIX", "Adopted", "Front", "Uncopied", "adopt", "original_class", "release"]
 
 PREFIX = "_attnctl"
 """Begins the name of every attribute that we put on somebody else's object."""
@@ -36,7 +37,21 @@ class Uncopied:
         return type(None), ()
 
 
-class _Adopted:
+class Front:
+    """A mixin's method that is made for each class from the class's own, as a decorator.
+
+    It saves the calls in between, for methods that a model calls all the time. The method that is
+    made must also serve objects that have been released, as the stock one does.
+
+    Args:
+        make: returns the method, given the class's own function.
+    """
+
+    def __init__(self, make: Callable[[Any], Any]) -> None:
+        self.make = make
+
+
+class Adopted:
     """First base of every subclass made here."""
 
     _attnctl_class: type
@@ -80,27 +95,33 @@ def _subclass(cls: Any, mixin: Any) -> Any:
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
     body: dict[str, Any] = {**names, "__doc__": cls.__doc__, "_attnctl_class": cls}
     for name, wrapper in vars(mixin).items():
-        if isinstance(wrapper, types.FunctionType):
+        if isinstance(wrapper, (types.FunctionType, Front)):
             stock = getattr(cls, name, None)
             body[name] = property(_absent) if stock is None else _front(stock, wrapper)
     meta: Any = type(cls)
-    return _metaclass(meta)(cls.__name__, (_Adopted, mixin, cls), body)
+    return _metaclass(meta)(cls.__name__, (Adopted, mixin, cls), body)
 
 
 def _front(stock: Any, wrapper: Any) -> Any:
     """Return the wrapper with the signature and docstring of what it wraps."""
+    make = wrapper.make if isinstance(wrapper, Front) else functools.partial(_guarded, wrapper)
+    made = make(stock)
+    functools.update_wrapper(made, stock)
+    # torch.compile counts recompilations by code object: each class needs its own
+    made.__code__ = made.__code__.replace()
+    return made
 
-    @functools.wraps(stock)
+
+def _guarded(wrapper: Any, stock: Any) -> Any:
+    """Return the wrapper for objects that are patched, else the stock method."""
+
     def front(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(self, _Adopted):
+        if isinstance(self, Adopted):
             return wrapper(self, *args, **kwargs)
         # a bound method that torch.compile took under the patch, called after the undo
         return stock(self, *args, **kwargs)
 
-    # torch.compile counts recompilations by code object: each class needs its own
-    made: Any = front
-    made.__code__ = made.__code__.replace()
-    return made
+    return front
 
 
 def _absent(self: Any) -> Any:
@@ -116,7 +137,7 @@ def original_class(obj: Any) -> type:
 def adopt(obj: Any, mixin: type) -> None:
     """Put `mixin` in front of the object's class; counted, each needs one `release`."""
     with _LOCK:
-        if not issubclass(type(obj), _Adopted):
+        if not issubclass(type(obj), Adopted):
             cls: Any = type(obj)
             object.__setattr__(obj, "__class__", _subclass(cls, mixin))
         obj.__dict__[_HOLDS] = obj.__dict__.get(_HOLDS, 0) + 1
@@ -135,7 +156,7 @@ def release(obj: Any) -> None:
         cls = type(obj)
         if _stock(cls) is not cls:
             object.__setattr__(obj, "__class__", _stock(cls))
-        elif issubclass(cls, _Adopted):
+        elif issubclass(cls, Adopted):
             warnings.warn(
                 f"the class of this {cls.__name__} was changed after the patch; it is left as "
                 "it is",

@@ -9,6 +9,7 @@ import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -39,12 +40,19 @@ SLOT = "_attnctl"
 """Where a patched object keeps its binding; copies and pickles hold None there."""
 
 _NO_HEADS, _ALL = torch.empty(0), slice(None)
-_NOBODY: Any = None, None
+_AS_IT_IS: AbstractContextManager[None] = contextlib.nullcontext()
+
+
+Watches = dict[tuple[tap.SiteRef, int], tuple[Entry, "Watch | None"]]
+"""What looks at a site's primitive calls of a number; None where nothing but the control does."""
 
 
 def binding_of(module: nn.Module) -> Binding | None:
     """Return the binding of a denoiser (compiled or not), None if it has none."""
-    return getattr(module, "_orig_mod", module).__dict__.get(SLOT)
+    held = module.__dict__
+    if SLOT not in held:  # not by getattr, for which diffusers' models take their time
+        held = held.get("_modules", {}).get("_orig_mod", module).__dict__
+    return held.get(SLOT)
 
 
 class Binding(Uncopied):
@@ -71,6 +79,8 @@ class Binding(Uncopied):
         self.entries: list[Entry] = []
         self.hooked: dict[int, tap.SiteRef] = {}
         self.spaces: dict[int, dict[str, Any]] = {}
+        self.processors: list[type] | None = []  # those of `hooked` that `spaces` are of
+        self.caches = hasattr(kind, "is_cache_enabled")
         self.bare = Run()
         self.compiled: list[nn.Module] = []
         self.warned = self.orphaned = False
@@ -149,15 +159,21 @@ class Binding(Uncopied):
         Raises:
             HostError: if `strict` and one of them cannot be controlled.
         """
-        wanted = {}
+        processors = [type(self.modules[index].processor) for index in self.hooked]
+        if processors == self.processors:  # at every step, so that only a change costs
+            return
+        wanted, known = {}, True
         for index in self.hooked:
             space = tap.name_space(self.modules[index].processor)
+            known = known and space is not None
             if space is not None:
                 wanted[id(space)] = space
             elif strict:
                 raise HostError(_bypasses(self.sites[index].name, self.modules[index].processor))
         if wanted.keys() != self.spaces.keys():
             tap.exchange_names(self.spaces, wanted)
+        # where one cannot be controlled, the next call looks again, to refuse it
+        self.processors = processors if known else None
 
     def _check_processors(self, entry: Entry) -> None:
         if not entry.attends:
@@ -168,6 +184,8 @@ class Binding(Uncopied):
                 raise HostError(_bypasses(self.sites[index].name, processor))
 
     def _check_cache(self, entries: list[Entry]) -> None:
+        if not self.caches or not any(entry.control.adds_rows for entry in entries):
+            return
         config = type(getattr(self.module, "_cache_config", None)).__name__
         if config.startswith(("PyramidAttention", "FasterCache")):
             for entry in entries:
@@ -358,6 +376,10 @@ class Forward:
         inputs = self._between(inputs, rows)
         for entry in self.active:
             entry.steps.add(self.step.index)
+        cached = self.binding.caches and bool(self.binding.module.is_cache_enabled)
+        if not cached and self.run.shift is None and not any(e.denoises for e in self.active):
+            self.rows, self.inputs = rows, inputs
+            return self._through()
         call = ForwardCall(
             inputs=inputs,
             rows=rows,
@@ -367,7 +389,7 @@ class Forward:
             extend_inputs=self._extend,
             take_inputs=self._take,
             denoiser=self.denoiser,
-            cached=bool(getattr(self.binding.module, "is_cache_enabled", False)),
+            cached=cached,
             rest=tuple(e for e in self.active if e.denoises),
             model=self.binding.module,
             stack=tuple(self.active),
@@ -389,26 +411,37 @@ class Forward:
         return take_inputs(inputs, len(rows), at, self.binding.family.unbatched)
 
     def _model(self, call: ForwardCall) -> Tensor:
-        """Run the model itself, with the attention plane switched on."""
-        before = LOCAL.forward
-        LOCAL.forward = this = replace(self, rows=call.rows, inputs=call.inputs)
-        try:
-            with self._own_cache(call), checkpointed(self.binding.module, this):
-                out = self.stock(**call.inputs)
-        finally:
-            LOCAL.forward, LOCAL.ref, LOCAL.site = before, None, None
-        self._check_touched(call.rows)
-        sample, self.wrap = _open(out)
+        """Run the model itself for one pass of the denoiser plane."""
+        this = replace(self, rows=call.rows, inputs=call.inputs)
+        sample, self.wrap = _open(this._through(self._own_cache(call)))
         return sample
 
-    def _check_touched(self, rows: Rows) -> None:
+    def _through(self, cache: AbstractContextManager[None] = _AS_IT_IS) -> Any:
+        """Run the model on these rows and inputs, with the attention plane switched on.
+
+        Args:
+            cache: entered around it; it finds this forward already under way.
+        """
+        blocks = _AS_IT_IS
+        if torch.is_grad_enabled() and self.binding.checkpoints:
+            blocks = checkpointed(self.binding.module, self)
+        before, LOCAL.forward = LOCAL.forward, self
+        try:
+            with cache, blocks:
+                out = self.stock(**self.inputs)
+        finally:
+            LOCAL.forward, LOCAL.ref, LOCAL.site = before, None, None
+        self._check_touched()
+        return out
+
+    def _check_touched(self) -> None:
         """Warn once of a control whose sites made no attention call in a whole forward.
 
         Raises:
             HostError: on several GPUs, where no cache explains it.
         """
         for entry in self.active:
-            if not entry.calls and any(entry.wants(site, rows) for site in entry.selection):
+            if not entry.calls and any(entry.wants(site, self.rows) for site in entry.selection):
                 if parallelism(self.binding.module):
                     raise HostError(
                         f"{entry.control} reached no attention call of a model under context "
@@ -457,15 +490,12 @@ class Forward:
     def _who(self) -> tuple[int, ...]:
         return tuple([entry.serial for entry in self.active])
 
-    def attend(self, site: int, index: int, *call: Any, part: slice | None = None) -> Tensor:
+    def attend(
+        self, ref: tap.SiteRef, index: int, *call: Any, part: slice | None = None
+    ) -> Tensor:
         """Run the attention plane of one primitive call; see `tap._attend`."""
         q, k, v, mask, scale, is_causal, gqa, base = call
-        entry, watch = self.watches.get((site, index), _NOBODY)
-        if watch is not None:
-            if watch(q, k, mask, scale):
-                entry.calls[site] += 1
-                return base(*call[:-1])
-            del self.watches[site, index]  # a call of another kind: asked anew
+        site = ref.index
         rest, where = self.wanting(site), self.binding.sites[site]
         if index and self._is_ip(where, index, q, k):
             rest = tuple(e for e in rest if "cross" in e.control.kinds)
@@ -489,18 +519,28 @@ class Forward:
         if len(rest) == 1 and part is None:
             entry = rest[0]
             made = entry.alone(made)
-            if entry.watches and (site, index) not in self.watches:
-                self.watches[site, index] = entry, entry.control.watching(made)
+            if entry.watches:
+                self._watch(entry, ref, made)
             return entry.attend_alone(made)
         return made.proceed()
 
+    def _watch(self, entry: Entry, ref: tap.SiteRef, call: AttentionCall) -> None:
+        """Ask a site's only control what looks at calls like this one.
+
+        Once in a run, and again where what it named has just refused a call, of another kind.
+        """
+        at = ref, call.index
+        known = self.watches.get(at)
+        if known is None or known[1] is not None:
+            self.watches[at] = entry, entry.control.watching(call)
+
     @functools.cached_property
-    def watches(self) -> dict[tuple[int, int], tuple[Entry, Watch | None]]:
-        """What looks at the calls of a site, found at the first such call of a run."""
+    def watches(self) -> Watches:
+        """What looks at the calls of a site, as `tap` asks at each of them."""
         if not any(entry.watches for entry in self.active):
             return {}
         of = self._who, self.rows, self.geometry
-        known: dict[tuple[int, int], Any] = self.run.watches.setdefault(of, {})
+        known: Watches = self.run.watches.setdefault(of, {})
         return known
 
     @functools.cached_property
@@ -547,7 +587,8 @@ class Forward:
 
     def _between(self, inputs: dict[str, Any], rows: Rows) -> dict[str, Any]:
         """Let the step plane change the latents before the first denoiser call of a run."""
-        if self.run.pipe is None:
+        run = self.run
+        if run.pipe is None or (run.replaced_latents is None and "initial" in run.cache):
             return inputs
         from .pipeline import before_first_step
 

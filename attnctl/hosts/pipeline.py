@@ -198,12 +198,15 @@ def _run_of(scheduler: Any) -> Run | None:
 
 def _apply(run: Run, latents: Tensor) -> Tensor:
     """Run the step plane: once a control, with the state of the denoiser that ran last."""
+    entries = [] if run.last is None else run.last.acting(run)
+    if not any(entry.steers for entry in entries):
+        return latents
     step, calls = run.step(None), run.calls_in_step
     # a control may call the denoiser itself: as if it were the first call of a step
     before, LOCAL.inside, run.calls_in_step = LOCAL.inside, None, 0
     try:
-        for entry in run.last.acting(run) if run.last is not None else ():
-            if type(entry.control).plane("between") and entry.active(step):
+        for entry in entries:
+            if entry.steers and entry.active(step):
                 entry.steps.add(step.index)
                 latents = entry.control.between(StepCall(latents, step, run, entry.state(run)))
     finally:

@@ -72,7 +72,7 @@ class Run:
     last: Any = None  # binding of the denoiser that was called last
     calls_in_step: int = 0
     states: dict[int, Any] = field(default_factory=dict)
-    watches: dict[Any, dict[tuple[int, int], Any]] = field(default_factory=dict)
+    watches: dict[Any, dict[Any, Any]] = field(default_factory=dict)
     steps: dict[int, set[int]] = field(default_factory=dict)  # by entry: its denoiser's
     cache: dict[Any, Any] = field(default_factory=dict)
     initial_latents: Tensor | None = None

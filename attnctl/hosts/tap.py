@@ -29,9 +29,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as functional
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from ..errors import AttnctlWarning, HostError
-from .adopt import Uncopied, adopt, original_class, release
+from .adopt import Adopted, Front, Uncopied, adopt, original_class, release
 from .parallel import attend_whole
 from .run import LOCAL
 
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from .denoiser import Binding
 
 __all__ = [
+    "NOBODY",
     "SiteRef",
     "drop_names",
     "exchange_names",
@@ -56,6 +58,9 @@ _SPACES: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}
 _REFS: weakref.WeakValueDictionary[int, SiteRef] = weakref.WeakValueDictionary()
 _SERIAL = itertools.count(1)
 
+NOBODY: Any = None, None
+"""What watches a site where it is not known that anything does."""
+
 
 class SiteRef(Uncopied):
     """Says which site of which binding a module is."""
@@ -70,25 +75,87 @@ class SiteRef(Uncopied):
 # -- where: adopted attention modules ----------------------------------------------------
 
 
+def _announcing(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """Return an attention module's call that notes the site while the stock one runs."""
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        here = isinstance(self, Adopted)
+        if not here:  # a bound method that torch.compile took, called after the undo
+            return stock(self, *args, **kwargs)
+        if is_compiling():
+            LOCAL.site, LOCAL.index = self._attnctl_site, 0
+            out = stock(self, *args, **kwargs)
+            LOCAL.site = None
+            return out
+        outer, count = LOCAL.ref, LOCAL.index
+        LOCAL.ref, LOCAL.index = self._attnctl_ref, 0
+        try:
+            return stock(self, *args, **kwargs)
+        finally:
+            LOCAL.ref, LOCAL.index = outer, count
+
+    return call
+
+
+_LOOKS_UP = {
+    "set", "inspect", "signature", "processor", "__call__", "parameters", "keys", "items", "len",
+    "logger", "warning", "__class__", "__name__", "append",
+}  # fmt: skip
+"""The names that `Attention.forward` of diffusers 0.36 to 0.42 uses."""
+
+
+def _inspects(forward: Any) -> bool:
+    """Whether this is diffusers' `Attention.forward`, doing no more than is known."""
+    return (
+        isinstance(forward, types.FunctionType)
+        and forward.__module__ == "diffusers.models.attention_processor"
+        and forward.__qualname__ == "Attention.forward"
+        and _LOOKS_UP.issuperset(forward.__code__.co_names)
+    )
+
+
+def _direct(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """Return diffusers' `Attention.forward` without what it looks up at every call.
+
+    It inspects the signature of its processor, to drop keyword arguments that the processor
+    does not take. That is as much work as all that a site adds, and without such arguments it
+    changes nothing.
+    """
+    owner = sys.modules[stock.__module__].Attention
+
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **more: Any,
+    ) -> Any:
+        if is_compiling():  # which does not know the owner's functions
+            return stock(self, hidden_states, encoder_hidden_states, attention_mask, **more)
+        theirs = owner.forward
+        if more or theirs is not stock:  # replaced since
+            return theirs(self, hidden_states, encoder_hidden_states, attention_mask, **more)
+        return self.processor(
+            self,
+            hidden_states,
+            encoder_hidden_states=encoder_hidden_states,
+            attention_mask=attention_mask,
+        )
+
+    return forward
+
+
 class SiteCalls:
     """Mixin put in front of an attention module's class while its site is controlled."""
 
-    _attnctl_ref: SiteRef
-    _attnctl_site: Tensor
+    __call__ = Front(_announcing)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        stock = super().__call__  # type: ignore[misc]
-        if torch.compiler.is_compiling():
-            LOCAL.site, LOCAL.index = self._attnctl_site, 0
-            out = stock(*args, **kwargs)
-            LOCAL.site = None
-            return out
-        before = LOCAL.ref, LOCAL.index
-        LOCAL.ref, LOCAL.index = self._attnctl_ref, 0
-        try:
-            return stock(*args, **kwargs)
-        finally:
-            LOCAL.ref, LOCAL.index = before
+
+class DirectSiteCalls:
+    """The same for diffusers' `Attention`."""
+
+    __call__ = Front(_announcing)
+    forward = Front(_direct)
 
 
 def hook(module: torch.nn.Module, ref: SiteRef) -> None:
@@ -107,7 +174,8 @@ def hook(module: torch.nn.Module, ref: SiteRef) -> None:
         )
     module.__dict__["_attnctl_ref"] = ref
     module.__dict__["_attnctl_site"] = torch.tensor(ref.serial)
-    adopt(module, SiteCalls)
+    kind: Any = original_class(module)
+    adopt(module, DirectSiteCalls if _inspects(kind.forward) else SiteCalls)
 
 
 def unhook(module: torch.nn.Module) -> None:
@@ -239,17 +307,18 @@ def _tapped_sdpa(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    if torch.compiler.is_compiling():
+    if is_compiling():
         if LOCAL.site is not None:
             return torch.ops.attnctl.attend(
                 query, key, value, attn_mask, scale, is_causal, enable_gqa,
                 LOCAL.site, _next_index(), "sdpa",
             )  # fmt: skip
     elif (ref := LOCAL.ref) is not None:
-        return _attend(
-            ref, _next_index(),
-            query, key, value, attn_mask, scale, is_causal, enable_gqa, _sdpa,
-        )  # fmt: skip
+        index = _next_index()
+        if not _watched(ref, index, query, key, attn_mask, scale):
+            return _attend(
+                ref, index, query, key, value, attn_mask, scale, is_causal, enable_gqa, _sdpa
+            )
     return functional.scaled_dot_product_attention(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )
@@ -280,7 +349,7 @@ def _tapped_dispatch(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
                 backend=backend, parallel_config=parallel, **more,
             )  # fmt: skip
 
-        if torch.compiler.is_compiling():
+        if is_compiling():
             if LOCAL.site is not None:
                 _refuse(attn_mask)
                 attn_mask = _key_mask(attn_mask, query, key)
@@ -296,13 +365,14 @@ def _tapped_dispatch(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
             if parallel_config is not None:
                 call = query, key, value, attn_mask, scale, is_causal, enable_gqa
                 return _whole(LOCAL.ref, _next_index(), call, stock, parallel_config)
-            attn_mask = _key_mask(attn_mask, query, key)
-            out = _attend(
-                LOCAL.ref, _next_index(),
-                query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2),
-                attn_mask, scale, is_causal, enable_gqa, _tokens_first(stock),
-            )  # fmt: skip
-            return out.transpose(1, 2)
+            index, mask = _next_index(), _key_mask(attn_mask, query, key)
+            q, k = query.transpose(1, 2), key.transpose(1, 2)
+            if not _watched(LOCAL.ref, index, q, k, mask, scale):
+                out = _attend(
+                    LOCAL.ref, index, q, k, value.transpose(1, 2),
+                    mask, scale, is_causal, enable_gqa, _tokens_first(stock),
+                )  # fmt: skip
+                return out.transpose(1, 2)
         return stock(
             query, key, value, attn_mask, scale, is_causal, enable_gqa, parallel_config
         )  # fmt: skip
@@ -361,6 +431,23 @@ def _check_bypass(ref: SiteRef) -> None:
         binding.bypassed()
 
 
+def _watched(
+    ref: SiteRef, index: int, q: Tensor, k: Tensor, mask: Tensor | None, scale: float | None
+) -> bool:
+    """Whether all that acts here is a `Watch` that is known, and has looked at the call.
+
+    The straight line for sites that are only read: what is left to do is the stock call.
+    """
+    forward = LOCAL.forward
+    if forward is None:
+        return False
+    entry, watch = forward.watches.get((ref, index), NOBODY)
+    if watch is None or not watch(q, k, mask, scale):
+        return False
+    entry.calls[ref.index] += 1
+    return True
+
+
 def _attend(ref: SiteRef, index: int, *call: Any, part: slice | None = None) -> Tensor:
     """Run the stack of the site `ref` on (q, k, v, mask, scale, is_causal, gqa, base).
 
@@ -373,7 +460,7 @@ def _attend(ref: SiteRef, index: int, *call: Any, part: slice | None = None) -> 
     # a control may itself call attention: that one must not come back here
     before, LOCAL.ref = LOCAL.ref, None
     try:
-        return forward.attend(ref.index, index, *call, part=part)
+        return forward.attend(ref, index, *call, part=part)
     finally:
         LOCAL.ref = before
 
@@ -431,7 +518,7 @@ def _compiled_attend(
 ) -> Tensor:
     ref = _REFS.get(int(site))
     base = _sdpa if backend == "sdpa" else _tokens_first(_dispatch_base(backend))
-    if ref is None:
+    if ref is None or _watched(ref, index, q, k, mask, scale):
         out = base(q, k, v, mask, scale, is_causal, enable_gqa)
     else:
         out = _attend(ref, index, q, k, v, mask, scale, is_causal, enable_gqa, base)

@@ -12,7 +12,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,8 @@ from ..records import (
 )
 from ..sites import Sites
 from ..stack import Entry, check_conflicts
-from .adopt import Uncopied, adopt, original_class, release
+from .adopt import Front, Uncopied, adopt, original_class, release
+from .vlm_compiled import CompiledDecoder, Filling, Lookup, compiler_options
 from .vlm_discover import decoder_of, speaker_of
 from .vlm_logits import Heard, Prompt, check_speaker, speak
 from .vlm_tap import DecoderSite, Stock, hook_site, primitive, stock_attention, unhook_site
@@ -85,6 +86,7 @@ class _Local(threading.local):
     """What this thread is doing."""
 
     forward: Forward | None = None
+    prepared: Forward | None = None  # of the compiled call under way
     model: _Given | None = None  # call of the whole model under way
     generation: _Given | None = None  # generate call under way
     heard: Heard | None = None  # what the decoder read in the model's call under way
@@ -98,33 +100,25 @@ class ModelCalls:
     """Mixin put in front of the whole model's class: notes the token ids.
 
     Where an inner model generates (`speaker_of`), it is put in front of that one's too.
-    Compiled code breaks here and runs the patched model eagerly.
+    Code that a user compiled breaks here and runs the patched model eagerly.
     """
 
     @torch.compiler.disable
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        stock = super().__call__  # type: ignore[misc]
-        if LOCAL.model is not None:  # the outermost call knows most
-            return stock(*args, **kwargs)
-        whole = _whole(self)
-        LOCAL.model, LOCAL.heard = _Given.to(whole, args, kwargs), None
-        try:
-            out = stock(*args, **kwargs)
-        finally:
-            LOCAL.model, heard, LOCAL.heard = None, LOCAL.heard, None
-        if heard is None or not heard.entries:
-            return out
-        return speak(
-            whole, heard, self, (args, kwargs), _prompt(), out,
-            lambda inputs, controlled: _beside(whole, inputs, controlled),
-        )  # fmt: skip
+        return _model_call(self, super().__call__, args, kwargs)  # type: ignore[misc]
 
     def get_compiled_call(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the eager call where `generate` would compile it (static caches).
+        """Return what runs written tokens in compiled code where `generate` would (`Form`).
 
-        A call that was compiled before the patch is not taken either, and is there after it.
+        All else runs eagerly. A call that was compiled before the patch is not taken, and is
+        there after it.
         """
-        return self.__call__
+        config = args[0] if args else kwargs.get("compile_config")
+        binding = decoder_of(cast(nn.Module, self)).__dict__.get(SLOT)
+        options = compiler_options(self, config)
+        if binding is None or options is None:
+            return self.__call__
+        return functools.partial(_compiled_call, self, binding, options)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Note the prompt."""
@@ -136,6 +130,36 @@ class ModelCalls:
             return super().generate(*args, **kwargs)  # type: ignore[misc]
         finally:
             LOCAL.generation = before
+
+
+def _model_call(
+    model: Any, stock: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Run one call of a model; `stock` is the unpatched call."""
+    if LOCAL.model is not None:  # the outermost call knows most
+        return stock(*args, **kwargs)
+    whole = _whole(model)
+    LOCAL.model, LOCAL.heard = _Given.to(whole, args, kwargs), None
+    try:
+        out = stock(*args, **kwargs)
+    finally:
+        LOCAL.model, heard, LOCAL.heard = None, LOCAL.heard, None
+    if heard is None or not heard.entries:
+        return out
+    return speak(
+        whole, heard, model, (args, kwargs), _prompt(), out,
+        lambda inputs, controlled: _beside(whole, inputs, controlled),
+    )  # fmt: skip
+
+
+def _compiled_call(
+    model: Any, binding: DecoderBinding, options: dict[str, Any], *args: Any, **kwargs: Any
+) -> Any:
+    """Run one call of a model that `generate` wants compiled."""
+    filling = None if args else binding.filling(model, options, kwargs)
+    if filling is None:
+        return model(*args, **kwargs)
+    return _model_call(model, functools.partial(binding.compiled_call, model, filling), (), kwargs)
 
 
 def _whole(model: Any) -> Any:
@@ -171,26 +195,54 @@ def _beside(model: Any, inputs: dict[str, Any], controlled: bool) -> Any:
 class DecoderCalls:
     """Mixin put in front of the decoder's class while it is patched."""
 
-    @torch.compiler.disable
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         stock = super().__call__  # type: ignore[misc]
         binding = self.__dict__.get(SLOT)
-        return stock(*args, **kwargs) if binding is None else binding.call(stock, args, kwargs)
+        if binding is None or _being_compiled(binding.compiled.lookup):
+            return stock(*args, **kwargs)
+        return _decoder_call(binding, stock, args, kwargs)
+
+
+@torch.compiler.disable
+def _decoder_call(binding: DecoderBinding, stock: Any, args: Any, kwargs: Any) -> Any:
+    return binding.call(stock, args, kwargs)
+
+
+def _being_compiled(lookup: Lookup) -> bool:
+    """Whether this is traced for a form, whose bookkeeping is done around it."""
+    return lookup.form is not None and torch.compiler.is_compiling()
+
+
+def _listening(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a layer's call that shows its input to the controls while the stock one runs.
+
+    Not for a written token of which it is known what is done to it: at one token a time, this
+    would be a good part of what a control costs.
+    """
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        lookup = self.__dict__.get(SLOT)
+        if lookup is None or _being_compiled(lookup):  # or called past the undo
+            return stock(self, *args, **kwargs)
+        forward = LOCAL.forward
+        if forward is None:
+            return stock(self, *args, **kwargs)
+        sites, written = forward.binding.listened.get(self), forward.written
+        if sites is None or (written is not None and written.keys() >= sites):
+            return stock(self, *args, **kwargs)
+        forward.stream = args[0] if args else kwargs["hidden_states"]
+        try:
+            return stock(self, *args, **kwargs)
+        finally:
+            forward.stream = None  # every layer's input at once would be much memory
+
+    return call
 
 
 class LayerCalls:
     """Mixin put in front of a layer's class while a control reads what goes into it."""
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        stock = super().__call__  # type: ignore[misc]
-        forward = LOCAL.forward
-        if forward is None or self not in forward.binding.listened:
-            return stock(*args, **kwargs)
-        forward.stream = args[0] if args else kwargs["hidden_states"]
-        try:
-            return stock(*args, **kwargs)
-        finally:
-            forward.stream = None  # every layer's input at once would be much memory
+    __call__ = Front(_listening)
 
 
 class DecoderBinding(Uncopied):
@@ -210,10 +262,11 @@ class DecoderBinding(Uncopied):
         self.signature = inspect.signature(cls.forward)
         self.entries: list[Entry] = []
         self.hooked: set[int] = set()
-        self.listened: set[Any] = set()
+        self.listened: dict[Any, frozenset[int]] = {}  # sites by layer
         # by the active entries and site; they are the same at almost every token
         self.acting: dict[tuple[int, ...], dict[int, tuple[Entry, ...]]] = {}
         self.around: list[tuple[weakref.ref[Any], list[Entry]]] = []
+        self.compiled = CompiledDecoder(decoder, modules)
 
     @classmethod
     def attach(cls, model: nn.Module, sites: Sites, modules: list[nn.Module]) -> DecoderBinding:
@@ -263,6 +316,7 @@ class DecoderBinding(Uncopied):
                 release(model)
         if not self.entries and self.module.__dict__.pop(SLOT, None) is not None:
             release(self.module)
+            self.compiled.clear()
 
     def _rehook(self) -> None:
         self.acting.clear()
@@ -278,11 +332,17 @@ class DecoderBinding(Uncopied):
 
     def _listen(self, wanted: set[int]) -> None:
         """Follow the residual stream of these sites' layers, and of no others."""
-        inside = {self.modules[index] for index in wanted}
-        layers = {m for m in self.module.modules() if inside & {*m.children()}}
-        for layer in self.listened - layers:
+        sites = {self.modules[index]: index for index in wanted}
+        layers = {
+            layer: frozenset(sites[m] for m in layer.children() if m in sites)
+            for layer in self.module.modules()
+            if not sites.keys().isdisjoint(layer.children())
+        }
+        for layer in self.listened.keys() - layers.keys():
             release(layer)
-        for layer in layers - self.listened:
+            layer.__dict__.pop(SLOT, None)
+        for layer in layers.keys() - self.listened.keys():
+            layer.__dict__[SLOT] = self.compiled.lookup
             adopt(layer, LayerCalls)
         self.listened = layers
 
@@ -296,7 +356,10 @@ class DecoderBinding(Uncopied):
         if args:
             bound = self.signature.bind(None, *args, **kwargs).arguments
             bound = {**bound, **bound.get("kwargs", {})}
-        forward = self._forward(bound)
+        forward = LOCAL.prepared
+        if forward is None or forward.binding is not self:
+            forward = self._forward(bound)
+        LOCAL.prepared = None
         before, LOCAL.forward = LOCAL.forward, forward
         try:
             out = stock(*args, **kwargs)
@@ -323,6 +386,10 @@ class DecoderBinding(Uncopied):
         sequence = _sequence(cache, past, n)
         if past == 0 or n > 1 or sequence.labels is None:
             _read(sequence, inputs, rows, n, past)
+        return self._next(sequence, rows, past, n)
+
+    def _next(self, sequence: Sequence, rows: int, past: int, n: int) -> Forward:
+        """Return the forward that a sequence goes on with."""
         sequence.seen = past + n
         step = Step(sequence.steps, 0)
         sequence.steps += 1
@@ -338,6 +405,37 @@ class DecoderBinding(Uncopied):
         return Forward(
             self, sequence, step, active, Rows(("cond",), rows), past, n, acting, written
         )
+
+    def filling(
+        self, model: Any, options: dict[str, Any], inputs: dict[str, Any]
+    ) -> Filling | None:
+        """Return what compiled code is told of a call of the model; None to run it eagerly."""
+        given, cache = inputs.get("input_ids"), inputs.get("past_key_values")
+        given = inputs.get("inputs_embeds") if given is None else given
+        sequence = None if cache is None else cache.__dict__.get(SLOT)
+        if given is None or given.shape[1] != 1 or sequence is None or sequence.labels is None:
+            return None
+        if sequence.seen < sequence.prompt or torch.is_grad_enabled() or LOCAL.aside != "no":
+            return None
+        active = [e for e in self.entries if e.active(Step(sequence.steps, 0))]
+        return self.compiled.filling(model, options, sequence, active, given.shape[0], cache)
+
+    def compiled_call(self, model: Any, filling: Filling, **kwargs: Any) -> Any:
+        """Run one call of the model in compiled code, and note what it did."""
+        cache = kwargs["past_key_values"]
+        sequence = cache.__dict__[SLOT]
+        # asking the cache how long it is would wait for the device
+        forward = self._next(sequence, filling.rows, sequence.seen, 1)
+        before, LOCAL.prepared = LOCAL.prepared, forward
+        try:
+            out = self.compiled.run(model, filling, kwargs)
+        finally:
+            eager, LOCAL.prepared = LOCAL.prepared is None, before
+        if not eager:  # it was not: nothing has been counted
+            for site, entry in filling.owners.items():
+                entry.calls[site] += 1
+            LOCAL.heard = forward.heard(cache)
+        return out
 
     def attend(
         self, site: int, module: nn.Module, call: tuple[Any, ...], kwargs: dict[str, Any]
@@ -361,6 +459,17 @@ def _check_planes(entry: Entry) -> None:
                 f"{entry.control} works on the {plane!r} plane of a diffusion model; a language "
                 "model has the attention and the decode plane"
             )
+
+
+def _check_softmax(entries: tuple[Entry, ...], kwargs: dict[str, Any]) -> None:
+    """Refuse controls that compute a softmax of their own where the model's is another one."""
+    for name in ("softcap", "s_aux"):  # sdpa leaves them out, as transformers calls it
+        for entry in entries if kwargs.get(name) is not None else ():
+            if entry.control.replaces_softmax:
+                raise HostError(
+                    f"{entry.control} computes the softmax itself, without this decoder's {name}; "
+                    "take a control that goes through the model's attention, such as pai"
+                )
 
 
 def _past(cache: Any, positions: Tensor | None) -> int:
@@ -458,6 +567,7 @@ class Forward:
     written: dict[int, tuple[Entry, WrittenRow]] | None = None
     known: dict[Any, Spans] = field(default_factory=dict)
     stocks: dict[Any, Stock] = field(default_factory=dict)
+    masks: dict[Any, Any] = field(default_factory=dict)
     reading: dict[Entry, Reading | None] = field(default_factory=dict)
     stream: Tensor | None = None  # what the layer under way reads
 
@@ -491,26 +601,28 @@ class Forward:
             if read is not None:
                 rest[0].calls[site] += 1
                 return read, None
-        q, k, v, mask = call
+        seen = stock.seen(module, call, kwargs, self.masks)
+        if stock.eager:
+            _check_softmax(rest, kwargs)
         made = AttentionCall.quick(
             {
-                "q": q, "k": k, "v": v, "mask": mask, "scale": kwargs.get("scaling"),
-                "is_causal": stock.causal(module, mask, kwargs) and q.shape[2] > 1,
-                "enable_gqa": q.shape[1] != k.shape[1],
+                "q": seen.q, "k": seen.k, "v": seen.v, "mask": seen.mask,
+                "scale": kwargs.get("scaling"), "is_causal": seen.causal,
+                "enable_gqa": seen.q.shape[1] != seen.k.shape[1],
                 "site": self.binding.sites[site], "rows": self.rows, "step": self.step,
                 "index": 0, "spans_of": self._spans,
-                "base": primitive(stock, module, mask, kwargs), "rest": rest,
+                "base": primitive(stock, module, call, seen, kwargs), "rest": rest,
                 "heads": _NO_HEADS, "state": None, "run": self.sequence.run, "role": "",
                 "residual": self._residual(), "every_head": False,
                 "plain": stock.plain(kwargs), "part": _ALL,
             }
         )  # fmt: skip
-        if len(rest) > 1:
-            return made.proceed().transpose(1, 2).contiguous(), None
-        entry, made = rest[0], rest[0].alone(made)
-        if self._learn(entry, site, made):
+        if len(rest) == 1 and self._learn(rest[0], site, rest[0].alone(made)):
             return self.attend(site, module, call, kwargs)
-        return entry.attend_alone(made).transpose(1, 2).contiguous(), None
+        if seen.whole is not None:  # a control may take one of them for all there is
+            made.mask, made.is_causal = seen.whole(), False
+        new = made.proceed() if len(rest) > 1 else rest[0].attend_alone(made)
+        return new.transpose(1, 2).contiguous(), None
 
     def _learn(self, entry: Entry, site: int, call: AttentionCall) -> bool:
         """Ask a control, once, what it does here and later; whether it says."""
@@ -532,10 +644,13 @@ class Forward:
         kwargs: dict[str, Any],
     ) -> tuple[Tensor, Tensor | None] | None:
         """Run what is known to be done to a written token, past the stack; None if it declines."""
+        stock = self._stock(module)
         if row is STOCK:
-            out: tuple[Tensor, Tensor | None] = self._stock(module).run(module, *call, **kwargs)
+            out: tuple[Tensor, Tensor | None] = stock.run(module, *call, **kwargs)
             return out
         q, k, v, mask = call
+        if stock.flash:
+            q, k, v, mask = stock.seen(module, call, kwargs, self.masks)[:4]
         first = max(0, self.past + 1 - k.shape[2])
         found = row(q, k, v, mask, kwargs.get("scaling"), first)
         return None if found is None else (found, None)
@@ -545,11 +660,10 @@ class Forward:
         call: tuple[Any, ...], kwargs: dict[str, Any],
     ) -> Tensor | None:  # fmt: skip
         """Run what is known to be done to a prompt, past the stack; None if it declines."""
-        q, k, v, mask = call
+        q, k, v, mask, causal, _ = stock.seen(module, call, kwargs, self.masks)
         heads = None if site in entry.entire else entry.selection[site]
-        causal = q.shape[2] > 1 and stock.causal(module, mask, kwargs)
         residual = None if self.stream is None else self._residual()
-        out = stock.run(module, q, k, v, mask, **kwargs)[0].contiguous()
+        out = stock.run(module, *call, **kwargs)[0].contiguous()
         return reading(
             PromptCall(site, q, k, v, mask, kwargs.get("scaling"), causal, residual, heads, out)
         )

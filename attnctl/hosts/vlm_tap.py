@@ -20,6 +20,7 @@ from torch import Tensor
 from ..errors import HostError
 from .adopt import Uncopied, adopt, release
 from .vlm_discover import attention_forward
+from .vlm_flash import Flash, Seen, flash_of, flash_primitive, seen_by_sdpa
 
 if TYPE_CHECKING:
     from .vlm import DecoderBinding
@@ -37,8 +38,7 @@ __all__ = [
 NAME = "attnctl"
 """Our entry in transformers' attention interface."""
 
-_FAST = ("sdpa", "eager")
-_REF = "_attnctl_ref"
+_REF, _VIEW = "_attnctl_ref", "_attnctl_view"
 
 
 class DecoderSite(Uncopied):
@@ -46,6 +46,7 @@ class DecoderSite(Uncopied):
 
     def __init__(self, binding: DecoderBinding, index: int) -> None:
         self.binding = weakref.ref(binding)
+        self.lookup = binding.compiled.lookup
         self.index = index
 
 
@@ -64,14 +65,16 @@ class _ConfigView:
 class ConfigOfSite:
     """Mixin put in front of an attention module's class while its site is controlled."""
 
+    _attnctl_view: _ConfigView
+
     @property
     def config(self) -> Any:
         """The module's config, seen through the view."""
-        return _ConfigView(self.__dict__["config"])
+        return self._attnctl_view  # not made here from __dict__: torch 2.11 cannot compile that
 
     @config.setter
     def config(self, value: Any) -> None:
-        self.__dict__["config"] = value
+        self.__dict__["config"], self.__dict__[_VIEW] = value, _ConfigView(value)
 
 
 def hook_site(module: torch.nn.Module, ref: DecoderSite) -> None:
@@ -89,6 +92,7 @@ def hook_site(module: torch.nn.Module, ref: DecoderSite) -> None:
     _register()
     stock_attention(module)
     module.__dict__[_REF] = ref
+    module.__dict__[_VIEW] = _ConfigView(module.__dict__["config"])
     adopt(module, ConfigOfSite)
 
 
@@ -96,6 +100,7 @@ def unhook_site(module: torch.nn.Module) -> None:
     """Take back what `hook_site` did; nothing is left on the module."""
     release(module)
     module.__dict__.pop(_REF, None)
+    module.__dict__.pop(_VIEW, None)
 
 
 @functools.cache
@@ -119,18 +124,22 @@ def stock_attention(module: torch.nn.Module) -> Callable[..., Any]:
         HostError: if it is one whose masks a control cannot read.
     """
     name = module.__dict__["config"]._attn_implementation
-    if name not in _FAST:
-        raise HostError(
-            f"this decoder's attention is {name!r}; controls can act on {' and '.join(_FAST)}: "
-            "call model.set_attn_implementation('sdpa') first"
-        )
     if name == "eager":
         stock: Callable[..., Any] = attention_forward(module).__globals__[
             "eager_attention_forward"
         ]
         return stock
-    found: Callable[..., Any] = _interface()[name]
-    return found
+    if name == "sdpa":
+        found: Callable[..., Any] = _interface()[name]
+        return found
+    known = name in _interface().valid_keys()
+    flash = flash_of(_interface()[name]) if known else None
+    if flash is None:
+        raise HostError(
+            f"this decoder's attention is {name!r}; controls can act on sdpa, eager and "
+            "flash_attention_2 to 4: call model.set_attn_implementation('sdpa') first"
+        )
+    return flash
 
 
 def _attend(
@@ -143,6 +152,10 @@ def _attend(
 ) -> tuple[Tensor, Tensor | None]:
     """Our entry of the interface: q [B, H, N, D], k and v [B, Hkv, Nk, D], out [B, N, H, D]."""
     ref = module.__dict__.get(_REF)
+    if ref is not None and ref.lookup.form is not None and torch.compiler.is_compiling():
+        call = query, key, value, attention_mask
+        out: tuple[Tensor, Tensor | None] = ref.lookup.form.attend(ref.index, module, call, kwargs)
+        return out
     binding = None if ref is None else ref.binding()
     if ref is None or binding is None:
         if (
@@ -151,7 +164,7 @@ def _attend(
         ):
             raise HostError(
                 f"{NAME!r} is no attention implementation to choose; call attnctl.patch(model, "
-                "...) on a model with 'sdpa' or 'eager'"
+                "...) on a model with 'sdpa', 'eager' or 'flash_attention_2'"
             )
         return stock_attention(module)(module, query, key, value, attention_mask, **kwargs)
     return binding.attend(ref.index, module, (query, key, value, attention_mask), kwargs)
@@ -163,19 +176,22 @@ class Stock(NamedTuple):
     Args:
         run: the function.
         eager: whether it is the model's own eager one.
+        flash: whether it is FlashAttention.
     """
 
     run: Callable[..., Any]
     eager: bool
+    flash: bool = False
 
     @classmethod
     def of(cls, module: torch.nn.Module) -> Stock:
         """Return that of a module; configs are slow to ask, once in a forward is enough."""
         eager = module.__dict__["config"]._attn_implementation == "eager"
-        return cls(stock_attention(module), eager)
+        run = stock_attention(module)
+        return cls(run, eager, isinstance(run, Flash))
 
     def plain(self, kwargs: dict[str, Any]) -> bool:
-        """Whether it is scaled_dot_product_attention and nothing else."""
+        """Whether it computes scaled_dot_product_attention and nothing else."""
         if self.eager or kwargs.get("dropout"):
             return False
         return kwargs.get("position_bias") is None
@@ -187,18 +203,38 @@ class Stock(NamedTuple):
         asked = kwargs.get("is_causal")
         return bool(getattr(module, "is_causal", True) if asked is None else asked)
 
+    def seen(
+        self, module: Any, call: tuple[Any, ...], kwargs: dict[str, Any], known: dict[Any, Any]
+    ) -> Seen:
+        """Return a call as scaled_dot_product_attention would have it.
+
+        Args:
+            module: the attention module.
+            call: q, k, v and mask that the model gave.
+            kwargs: what else it gave.
+            known: what the layers of a forward share.
+        """
+        if self.flash:
+            return seen_by_sdpa(module, call, kwargs, known)
+        q, k, v, mask = call
+        return Seen(q, k, v, mask, self.causal(module, mask, kwargs) and q.shape[2] > 1)
+
 
 def primitive(
-    stock: Stock, module: Any, mask: Tensor | None, kwargs: dict[str, Any]
+    stock: Stock, module: Any, call: tuple[Any, ...], seen: Seen, kwargs: dict[str, Any]
 ) -> Callable[..., Tensor]:
     """Return the module's own attention as the `base` of a call.
 
     Args:
         stock: its function.
         module: the attention module.
-        mask: the mask that the model gave.
+        call: q, k, v and mask that the model gave.
+        seen: the same, as controls see it.
         kwargs: what else the model gave.
     """
+    if stock.flash:
+        return flash_primitive(stock.run, module, call, seen, kwargs)
+    mask = call[3]
     causal = stock.causal(module, mask, kwargs)
 
     def base(q: Tensor, k: Tensor, v: Tensor, m: Any, s: Any, c: bool, gqa: bool) -> Tensor:

@@ -58,6 +58,16 @@ def label(ids: Tensor, mask: Tensor | None, images: tuple[int, ...]) -> Tensor:
     return labels if mask is None else labels.masked_fill_(mask == 0, _PAD)
 
 
+class Fillings(dict[Any, Any]):
+    """What compiled code was told of a prompt; copies of a cache begin without it."""
+
+    def __deepcopy__(self, memo: Any) -> Fillings:
+        return Fillings()
+
+    def __reduce__(self) -> Any:
+        return Fillings, ()
+
+
 @dataclass(eq=False)
 class Sequence:
     """What is known of the sequences in one cache; goes where the cache goes.
@@ -68,6 +78,7 @@ class Sequence:
         run: states of the controls.
         steps: forwards so far.
         rows: what is done to written tokens, by active controls and batch size, and site.
+        fillings: the same for compiled code, by active controls, batch size and model.
     """
 
     labels: Tensor | None = None
@@ -77,11 +88,13 @@ class Sequence:
     seen: int = 0
     padded_right: bool = False
     rows: dict[Any, dict[int, tuple[Entry, WrittenRow]]] = field(default_factory=dict)
+    fillings: Fillings = field(default_factory=lambda: Fillings())
 
     def read(self, labels: Tensor | None, past: int, n: int) -> None:
         """Add the labels [B, n] of prompt tokens that follow `past` tokens."""
         old = self.labels
         self.rows.clear()
+        self.fillings.clear()
         if labels is None or (past and old is None):
             self.labels = None
         elif past and old is not None:

@@ -85,6 +85,8 @@ def named(prompt: str | None, words: Words | None) -> dict[str, Any]:
             raise OptionError(f"no concept was found in the prompt {prompt!r}; name some words")
     if isinstance(words, str):
         words = [words]
+    if not isinstance(words, Iterable):
+        raise OptionError(f"words={words!r} is no list of words, such as words=['circle']")
     pairs = list(words.items()) if isinstance(words, Mapping) else _with_names(list(words))
     if not pairs:
         raise OptionError("no words are given: name at least one, such as words=['circle']")

@@ -2,6 +2,7 @@
 
 from .api import codes_call, edit_rows, edited_row, rows_fit
 from .edit import Edit, Rows
+from .redistribution import reads_image, redistribution
 from .reference import (
     group_attention,
     group_masses,
@@ -19,6 +20,8 @@ __all__ = [
     "group_attention",
     "group_masses",
     "merge_groups",
+    "reads_image",
+    "redistribution",
     "regrouped_attention",
     "row_probabilities",
     "rows_fit",

@@ -1,8 +1,8 @@
 """The Triton kernels where they can run: on NVIDIA GPUs from sm80 on, without a gradient.
 
 Elsewhere the callers take the torch path, which is their reference. The kernels are started
-directly and not through operators of torch: a patched decoder is never compiled, and at one
-token a time the time goes into starting work, of which an operator would double the amount.
+directly and not through operators of torch: at one token a time the time goes into starting
+work, of which an operator would double the amount. Compiled decoders have one (`ops`).
 """
 
 from __future__ import annotations
@@ -48,7 +48,13 @@ def rows_fit(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
 
 
 def edited_row(
-    q: Tensor, k: Tensor, v: Tensor, edit: Edit, mask: Tensor | None, scale: float | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    edit: Edit,
+    mask: Tensor | None,
+    scale: float | None,
+    counts: Tensor | None = None,
 ) -> Tensor | None:
     """Return the attention of single queries with their weights edited.
 
@@ -59,6 +65,7 @@ def edited_row(
         edit: the edit.
         mask: bool (True = may attend) or additive float [B or 1, H or 1, 1, Nk], None for none.
         scale: factor on the logits, None for 1/sqrt(D).
+        counts: int32, 0 before and after, to count parts in; None for those of the stream.
 
     Returns:
         [B, 1, H, D]; None where the kernel cannot take the call.
@@ -68,7 +75,7 @@ def edited_row(
         return None
     batch, heads, _, width = q.shape
     out = q.new_empty((batch, 1, heads, width))
-    call(q, k, v, out, edit, None, mask)
+    call(q, k, v, out, edit, None, mask, counts)
     return out
 
 

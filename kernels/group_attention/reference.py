@@ -19,7 +19,11 @@ from torch import Tensor
 
 from attnctl.kernels.lse.reference import query_chunks
 
+from .edit import Edit
+from .redistribution import reads_image, redistribution
+
 __all__ = [
+    "edited_row_reference",
     "group_attention",
     "group_masses",
     "merge_groups",
@@ -51,6 +55,10 @@ def _logits(q: Tensor, k: Tensor, mask: Tensor | None, scale: float | None) -> T
     scale = width**-0.5 if scale is None else scale
     grouped = (q.to(wide) * scale).reshape(batch, k.shape[1], -1, width)
     logits = (grouped @ k.to(wide).transpose(-1, -2)).view(batch, heads, rows, -1)
+    return _masked(logits, mask)
+
+
+def _masked(logits: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None:
         return logits
     if mask.dtype == torch.bool:
@@ -178,3 +186,38 @@ def regrouped_attention(
     rest = weights.shape[-1] - change.shape[-1]
     change = torch.nn.functional.pad(change, (0, rest)) if rest else change
     return _values(weights + weights * change, v), masses
+
+
+def edited_row_reference(
+    q: Tensor, k: Tensor, v: Tensor, edit: Edit, mask: Tensor | None, scale: float | None
+) -> Tensor:
+    """Return the attention of single queries with their weights edited, as `edited_row` does.
+
+    Args:
+        q: [B, H, 1, D].
+        k: [B, Hkv, Nk, D].
+        v: [B, Hkv, Nk, Dv].
+        edit: the edit.
+        mask: bool (True = may attend) or additive float, broadcastable to [B, H, 1, Nk].
+        scale: factor on the logits, None for 1/sqrt(D).
+
+    Returns:
+        [B, 1, H, Dv] in the dtype of v.
+    """
+    codes = edit.codes[:, edit.first : edit.first + k.shape[2]]
+    free = q.new_ones(1, dtype=torch.bool) if edit.heads is None else edit.heads != 0
+    if edit.move:
+        wide = torch.promote_types(q.dtype, torch.float32)
+        groups = torch.stack([codes == code for code in (1, 2, 3)], dim=1).to(wide)
+
+        def factors(masses: Tensor) -> Tensor:
+            chosen = reads_image(masses, edit.rho, edit.least) & free[:, None]
+            return redistribution(masses, chosen, edit.strength)
+
+        row, _ = regrouped_attention(q, k, v, groups, factors, mask, scale)
+        return row.transpose(1, 2).contiguous()
+    raised = torch.nn.functional.pad(codes != 0, (0, k.shape[2] - codes.shape[1]))
+    where = raised[:, None, None] & free[:, None, None]
+    logits = _logits(q, k, None, scale)
+    logits = _masked(logits + torch.where(where, edit.strength * logits.abs(), 0.0), mask)
+    return _values(torch.softmax(logits, dim=-1), v).transpose(1, 2).contiguous()

@@ -24,15 +24,16 @@ def sink_codes_kernel(
     i_n, i_b = tl.program_id(0), tl.program_id(1)
     p_x = X + i_b.to(tl.int64) * sx_b + i_n.to(tl.int64) * sx_n
     o_d, o_s = tl.arange(0, BD), tl.arange(0, BS)
+    # what is waited for longest comes first
+    dim = tl.load(Dims + o_s, mask=o_s < N_DIMS, other=0)
+    label = tl.load(Labels + i_b * sl_b + i_n).to(tl.int32)
+    spike = tl.load(p_x + dim, mask=o_s < N_DIMS, other=0.0)
     square = tl.zeros([BD], tl.float32)
     for start in tl.static_range(0, WIDTH, BD):
         x = tl.load(p_x + start + o_d, mask=start + o_d < WIDTH, other=0.0).to(tl.float32)
         square += x * x
     rms = tl.sqrt(tl.maximum(tl.sum(square, 0) / WIDTH, tiny))
-    spike = tl.load(p_x + tl.load(Dims + o_s, mask=o_s < N_DIMS, other=0), mask=o_s < N_DIMS,
-                    other=0.0)  # fmt: skip
     phi = tl.max(tl.abs(spike.to(tl.float32)), 0) / rms
-    label = tl.load(Labels + i_b * sl_b + i_n).to(tl.int32)
     image = (label == 1) | (label == 3)
     sink = (phi >= tau) & (label < 2) & (i_n < limit)
     code = tl.where(image, tl.where(sink, 2, 3), tl.where(sink, 1, 0))
@@ -84,7 +85,7 @@ class CodesCall:
         """
         if not self.room:
             shape = (self.layers, *hidden.shape[:2])
-            self.room += torch.empty(shape, dtype=torch.uint8, device=hidden.device)
+            self.room += torch.empty(shape, dtype=torch.uint8, device=hidden.device).unbind()
         out = self.room.pop()
         self.launch((hidden, *self.given, out), *self.numbers)
         return out

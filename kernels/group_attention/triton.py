@@ -126,20 +126,22 @@ def edited_rows_kernel(
         end = tl.minimum(end, begin + per_split)
 
     m = tl.full([BM], float("-inf"), tl.float32)
-    total = tl.zeros([BM], tl.float32)
+    # sums over keys stay one for each place of a block of keys until the end: to add up a row is
+    # to wait for the other warps
+    total = tl.zeros([BM, BN], tl.float32)
     acc = tl.zeros([BM, DP], tl.float32)
     text, image, rest = total, total, total
     sinks, others = acc, acc
     for start in range(begin, end, BN):
         at = start + o_n
         inside = at < end
+        code = tl.load(
+            Codes + i_b * sc_b + first + at, mask=inside & (first + at < n_codes), other=0
+        )
         m_n = inside[:, None] & (o_d[None, :] < D)
         p_k = base_k + at[:, None].to(tl.int64) * sk_n + o_d[None, :]
         b_k = tl.load(p_k, mask=m_n, other=0.0)  # [BN, DP]
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale  # in units of log 2
-        code = tl.load(
-            Codes + i_b * sc_b + first + at, mask=inside & (first + at < n_codes), other=0
-        )
         if not MOVE:
             raised = (code != 0)[None, :] & free[:, None]
             b_s += tl.where(raised, strength * tl.abs(b_s), 0.0)
@@ -161,21 +163,23 @@ def edited_rows_kernel(
         m = m_new
         p_v = base_v + at[:, None].to(tl.int64) * sv_n + o_d[None, :]
         b_v = tl.load(p_v, mask=m_n, other=0.0)
-        total = total * shrink + tl.sum(b_p, 1)
+        total = total * shrink[:, None] + b_p
         acc = tl.dot(b_p.to(b_v.dtype), b_v, acc * shrink[:, None], input_precision="ieee")
         if MOVE:
             is_rest = (code == 3)[None, :]
             is_sink = (code == 1)[None, :] | (code == 2)[None, :]
             p_s, p_r = tl.where(is_sink, b_p, 0.0), tl.where(is_rest, b_p, 0.0)
-            of_image = tl.sum(tl.where((code == 2)[None, :], b_p, 0.0), 1)
-            text = text * shrink + tl.sum(p_s, 1) - of_image
-            image = image * shrink + of_image
-            rest = rest * shrink + tl.sum(p_r, 1)
+            p_t = tl.where((code == 1)[None, :], b_p, 0.0)
+            p_i = tl.where((code == 2)[None, :], b_p, 0.0)
+            text = text * shrink[:, None] + p_t
+            image = image * shrink[:, None] + p_i
+            rest = rest * shrink[:, None] + p_r
             sinks = tl.dot(p_s.to(b_v.dtype), b_v, sinks * shrink[:, None], input_precision="ieee")
             others = tl.dot(
                 p_r.to(b_v.dtype), b_v, others * shrink[:, None], input_precision="ieee"
             )
 
+    total, text, image, rest = tl.sum(total, 1), tl.sum(text, 1), tl.sum(image, 1), tl.sum(rest, 1)
     if SPLIT:
         n_heads = tl.num_programs(1) * GROUP
         part = ((i_b * n_rows + row) * n_heads + head) * n_splits
@@ -334,16 +338,25 @@ class RowsCall:
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, edit: Edit, rows: Rows | None,
-        mask: Tensor | None,
+        mask: Tensor | None, counts: Tensor | None = None,
     ) -> None:  # fmt: skip
-        """Write the rows into `out` [B, Nq, H, D], contiguous."""
+        """Write the rows into `out` [B, Nq, H, D], contiguous.
+
+        Parts are counted in `counts`; where a CUDA graph is made, nothing that outlives it may
+        be made here.
+        """
         codes, columns, flags = edit.codes, edit.codes, edit.codes
         if rows is not None:
             columns, flags = rows
         # whole numbers would be constants of the compiled kernel
         numbers = edit.first, float(edit.strength), float(edit.rho), float(edit.least)
         heads = codes if edit.heads is None else edit.heads
-        parts, counts = (out, out) if not self.parts else _room(self.device, self.parts)
+        if not self.parts:
+            parts, counts = out, out
+        elif counts is None:
+            parts, counts = _room(self.device, self.parts)
+        else:
+            parts = out.new_empty(self.parts, dtype=torch.float32)
         self.attend(
             (
                 q, k, v, out, parts, counts, columns, flags, codes, heads,

@@ -6,7 +6,12 @@ and sites, whose rows sum to 1, and n the power,
     M_k = minmax(P^n c_k),   label k where M_k - M_j > margin for every other j
 
 P^n c_k is n times an attention with queries and keys as they were and the maps as values, so
-neither P nor its power is ever formed.
+neither P nor its power is ever formed. The official code stretches P to 0..1 as a whole, before
+and after the power. That is a factor and the same number taken from every entry, and since rows of
+P sum to 1, both only scale P^n c_k and shift all of it: after minmax M_k is the same.
+
+Every step along P mixes; with n growing all maps become multiples of one slow pattern, and minmax
+makes them equal. On small grids, where attention is wide, that comes early.
 """
 
 from __future__ import annotations

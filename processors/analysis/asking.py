@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from attnctl.processors.vlm.prompts import begun
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -30,7 +32,8 @@ def asked(model: Any, processor: Any, image: Image, question: str) -> dict[str, 
     said = [{"type": "image"}, {"type": "text", "text": question}]
     chat = [{"role": "user", "content": said}]
     prompt = processor.apply_chat_template(chat, add_generation_prompt=True)
-    made = processor(text=[prompt], images=[image], return_tensors="pt")
+    how = begun(processor, [prompt])
+    made = processor(text=[prompt], images=[image], return_tensors="pt", **how)
     return {
         key: value.to(model.device, model.dtype if value.is_floating_point() else None)
         for key, value in made.items()

@@ -22,14 +22,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
 
 from attnctl.control import register
 from attnctl.errors import OptionError
+from attnctl.processors.steering.regions import checked_region, coverage
 
 from .engine import LatentControl, Maps
 
@@ -82,9 +83,11 @@ class AStar(LatentControl):
         segregate: weight of L_seg.
         retain: weight of L_ret.
         level: of its maximum, above which a map makes the next step's mask.
-        layout: where the objects are to be, instead of where they were: one entry an object, in
-            order, or by number; each a box (left, top, right, bottom) in parts of the picture,
-            or a mask [h, w] of 0 to 1.
+        layout: where the objects are to be, instead of where they were: {phrase: region}, the
+            phrases being the objects (instead of `words`), or a list of such, one per prompt;
+            a list of regions, in the order of the objects; or "row", the objects next to each
+            other, from left to right. Regions as (x, y), (x, y, radius), (left, top, right,
+            bottom), all from 0 to 1, or a mask [h, w].
     """
 
     segregate: float = 1.0
@@ -103,6 +106,14 @@ class AStar(LatentControl):
             )
         if not 0 <= self.level < 1:
             raise OptionError(f"{self.name}: level={self.level} is outside [0, 1)")
+        if self.layout is not None and not self.retain:
+            raise OptionError(f"{self.name}: a layout acts by L_ret, which retain=0 leaves out")
+        named = any(isinstance(one, Mapping) for one in self._layouts)
+        if named and self.words is not None:
+            raise OptionError(
+                f"{self.name}: the layout's phrases are the objects, so words={self.words!r} are "
+                "too many; leave them out, or give a list of regions in their order"
+            )
 
     @property
     def least(self) -> int:  # type: ignore[override]
@@ -114,11 +125,39 @@ class AStar(LatentControl):
         """Nothing weighs anything."""
         return super().neutral or self.segregate == self.retain == 0
 
+    @cached_property
+    def _layouts(self) -> list[Any]:
+        """Return the layout of every prompt, or one for all; none for a word or without one.
+
+        Each is a mapping or a list of regions, whose form is checked.
+        """
+        given = self.layout
+        if given is None or given == "row":
+            return []
+        if isinstance(given, (str, bytes)) or not isinstance(given, (Mapping, Sequence)):
+            raise OptionError(
+                f"{self.name}: layout={given!r} must be {{phrase: region}}, a list of regions, or "
+                "'row'"
+            )
+        each = isinstance(given, Sequence) and all(isinstance(one, Mapping) for one in given)
+        return [_checked(one) for one in (given if each else [given])]
+
+    def objects(self, prompt: int, prompts: int) -> Any:
+        """Return the phrases of the prompt's layout, else `words`."""
+        layouts = self._layouts
+        if len(layouts) > 1 and len(layouts) != prompts:
+            raise OptionError(
+                f"{self.name}: {len(layouts)} layouts for {prompts} prompts; give one for all or "
+                "one each"
+            )
+        mine = layouts[prompt if len(layouts) > 1 else 0] if layouts else None
+        return list(mine) if isinstance(mine, Mapping) else self.words
+
     def loss(self, maps: Maps, memory: dict[str, Any]) -> Tensor:
         """Return the weighted sum of L_seg and L_ret."""
         a = maps.smooth
         terms = [self.segregate * segregation(a)] if self.segregate else []
-        masks = memory.get("masks") if self.layout is None else _masks(self.layout, a)
+        masks = memory.get("masks") if self.layout is None else self._masks(maps.prompt, a)
         if self.retain and masks is not None:
             terms.append(self.retain * retention(a / _peaks(a), masks))
         return sum(terms[1:], terms[0]) if terms else a.new_zeros(())
@@ -127,30 +166,31 @@ class AStar(LatentControl):
         """Keep where the objects are."""
         memory["masks"] = peak_mask(maps.smooth.detach(), self.level)
 
+    def _masks(self, prompt: int, maps: Tensor) -> Tensor:
+        """Return a prompt's layout as masks of the size of the maps [K, frames, h, w]."""
+        layouts, count = self._layouts, len(maps)
+        mine = layouts[prompt if len(layouts) > 1 else 0] if layouts else _row(count)
+        regions = list(mine.values()) if isinstance(mine, Mapping) else mine
+        if len(regions) != count:
+            raise OptionError(
+                f"the layout has {len(regions)} places for {count} objects; give one for each"
+            )
+        frames, height, width = maps.shape[1:]
+        each = [coverage(region, (frames, height, width), maps.device) for region in regions]
+        return torch.stack(each).to(maps.dtype).view_as(maps)
 
-def _masks(layout: Any, maps: Tensor) -> Tensor:
-    """Return a layout as masks of the size of the maps [K, frames, height, width]."""
-    entries = list(layout.values()) if isinstance(layout, Mapping) else list(layout)
-    if len(entries) != len(maps):
-        raise OptionError(
-            f"the layout has {len(entries)} places for {len(maps)} objects; give one for each"
-        )
-    return torch.stack([_mask(entry, maps) for entry in entries])
+
+def _row(count: int) -> list[tuple[float, float, float, float]]:
+    return [(i / count, 0.0, (i + 1) / count, 1.0) for i in range(count)]
 
 
-def _mask(entry: Tensor | Sequence[float], maps: Tensor) -> Tensor:
-    height, width = maps.shape[-2:]
-    if isinstance(entry, Tensor):
-        if entry.ndim != 2:
-            raise OptionError(f"a mask of the layout has shape {tuple(entry.shape)}, not [h, w]")
-        flat = entry.to(maps)[None, None]
-        return interpolate(flat, (height, width), mode="area")[0].expand(maps.shape[1:])
-    if len(entry) != 4 or not (0 <= entry[0] < entry[2] <= 1 and 0 <= entry[1] < entry[3] <= 1):
-        raise OptionError(
-            f"the place {entry!r} is no box (left, top, right, bottom) in parts of the picture"
-        )
-    left, top, right, bottom = entry
-    x = (torch.arange(width, device=maps.device) + 0.5) / width
-    y = (torch.arange(height, device=maps.device) + 0.5) / height
-    inside = ((y >= top) & (y < bottom))[:, None] & ((x >= left) & (x < right))
-    return inside.to(maps.dtype).expand(maps.shape[1:])
+def _checked(layout: Any) -> Any:
+    if isinstance(layout, Mapping):
+        number = next((key for key in layout if isinstance(key, int)), None)
+        if number is not None:
+            raise OptionError(
+                f"the layout has the key {number}; expected phrases of the prompt. For token "
+                "positions give words=[[3], [7]] and a list of regions in their order"
+            )
+        return {key: checked_region(region, str(key)) for key, region in layout.items()}
+    return [checked_region(region, f"object {i}") for i, region in enumerate(layout, 1)]

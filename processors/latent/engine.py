@@ -67,6 +67,7 @@ class Maps:
         noun_only: whether an object's map is its noun's, else the mean over all its words.
         drop: columns at either end that `sharp` leaves out.
         sample: which sample of the batch this is.
+        prompt: which prompt of the run it belongs to.
         image: image queries and image keys by site, for controls with `image_rows`.
     """
 
@@ -77,6 +78,7 @@ class Maps:
     noun_only: bool = True
     drop: tuple[int, int] = (1, 1)
     sample: int = 0
+    prompt: int = 0
     image: tuple[Seen, ...] = ()
 
     def sharp(self) -> Tensor:
@@ -290,6 +292,15 @@ class LatentControl(Windowed):
     def remember(self, maps: Maps, memory: dict[str, Any]) -> None:
         """Keep in `memory` what the next step's loss needs, after this step's last look."""
 
+    def objects(self, prompt: int, prompts: int) -> Any:
+        """Return the objects of a prompt, in the form of `words`.
+
+        Args:
+            prompt: its number.
+            prompts: how many the run has.
+        """
+        return self.words
+
     def choose(self, targets: tuple[Target, ...], columns: int) -> tuple[Target, ...]:
         """Return the objects to steer, of a number of text tokens; placebos return others."""
         return targets
@@ -313,7 +324,9 @@ class LatentControl(Windowed):
                 "pipeline instead"
             )
         prompts = prompts_of(run)
-        targets = [targets_of(prompt, self.words) for prompt in prompts]
+        targets = [
+            targets_of(prompt, self.objects(i, len(prompts))) for i, prompt in enumerate(prompts)
+        ]
         few = next((t for t in targets if len(t) < self.least), None)
         if few is not None:
             raise OptionError(
@@ -603,9 +616,10 @@ class Pass:
         content = state.of(state.content, number, self.samples)
         content = content or tuple(sorted({p for t in targets for p in t.tokens}))
         image = [of_sample(state.image[i], sample, samples) for i in state.image_sites]
+        prompt = state.of(range(len(state.targets)), number, self.samples)
         return Maps(
             text[sample], targets, self.call.step, content, control.tokens == "noun",
-            control.drop, number, tuple(image),
+            control.drop, number, prompt, tuple(image),
         )  # fmt: skip
 
     def update(self, look: Look, size: float, going: Tensor | None) -> Tensor:

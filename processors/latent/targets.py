@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,7 +53,8 @@ def targets_of(prompt: Prompt, words: Any) -> tuple[Target, ...]:
             noun.
 
     Raises:
-        OptionError: if a word is missing, ambiguous or cut off, or there is none.
+        OptionError: if a word is missing, ambiguous or cut off, two objects have one noun, or
+            there is none.
         HostError: if the pipeline's tokens are not known.
     """
     if words is None:
@@ -63,10 +64,17 @@ def targets_of(prompt: Prompt, words: Any) -> tuple[Target, ...]:
     elif isinstance(words, str):
         entries = [part.strip() for part in words.split(",") if part.strip()]
     else:
-        entries = list(words)
+        entries = _listed(words, "words")
     if not entries:
         raise OptionError(f"no object was found in the prompt {prompt.text!r}; name words=[...]")
-    return tuple(_target(prompt, entry) for entry in entries)
+    found = tuple(_target(prompt, entry) for entry in entries)
+    nouns = [one.noun for one in found]
+    for i, entry in enumerate(entries):
+        if nouns[i] in nouns[:i]:
+            raise OptionError(
+                f"the noun of {str(entry)!r} is another object's too; name each once"
+            )
+    return found
 
 
 def content_of(prompt: Prompt) -> Positions:
@@ -103,6 +111,8 @@ def _words(text: str, entry: Any) -> list[Any]:
     if isinstance(entry, Concept):
         return [*entry.attributes, entry.noun]
     listed = _listed(entry)
+    if not listed:
+        raise OptionError("an object without tokens; expected a noun or a list of positions")
     if all(isinstance(one, int) for one in listed):
         return [listed]
     return [_listed(one) for one in listed]
@@ -114,11 +124,12 @@ def _one(entry: str, found: list[Phrase]) -> Phrase:
     return found[0]
 
 
-def _listed(entry: Any) -> list[Any]:
-    found = [entry] if isinstance(entry, int) else list(entry)
-    if not found:
-        raise OptionError("an object without tokens; expected a noun or a list of positions")
-    return found
+def _listed(entry: Any, what: str = "an object") -> list[Any]:
+    if isinstance(entry, int) and what != "words":
+        return [entry]
+    if isinstance(entry, str) or not isinstance(entry, Iterable):
+        raise OptionError(f"{what}: {entry!r} is no list of words or of token positions")
+    return list(entry)
 
 
 def _parts(text: str, phrase: Phrase) -> list[Phrase]:

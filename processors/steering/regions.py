@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
@@ -23,22 +25,29 @@ def checked_region(region: Any, name: str) -> Any:
 
     Args:
         region: (x, y) or (x, y, radius) of a disc, (left, top, right, bottom) of a box, all in
-            parts of the picture's sides from its upper left corner; or a mask [h, w], true or 1
-            inside.
+            parts of the picture's sides from its upper left corner; or a mask [h, w], a tensor
+            or an array, true or 1 inside.
         name: what it is the region of, for errors.
 
     Raises:
         OptionError: if it is none of these.
     """
+    if isinstance(region, np.ndarray):
+        region = torch.from_numpy(region)
     if isinstance(region, Tensor):
-        if region.ndim == 2 and region.numel():
-            return region.float().clamp(0, 1)
-        raise OptionError(f"the mask of {name!r} has shape {tuple(region.shape)}; expected [h, w]")
+        if region.ndim != 2 or not region.numel():
+            shape = tuple(region.shape)
+            raise OptionError(f"the mask of {name!r} has shape {shape}; expected [h, w]")
+        mask = region.float().clamp(0, 1)
+        if not mask.isfinite().all() or not mask.any():
+            raise OptionError(f"the mask of {name!r} is empty or has values that are no numbers")
+        return mask
     try:
         numbers = tuple(float(part) for part in region)
     except (TypeError, ValueError):
         numbers = ()
-    disc = len(numbers) in (2, 3) and all(0 <= p <= 1 for p in numbers[:2]) and min(numbers) >= 0
+    disc = len(numbers) in (2, 3) and all(0 <= p <= 1 for p in numbers[:2])
+    disc = disc and all(0 < radius < math.inf for radius in numbers[2:])
     box = len(numbers) == 4 and 0 <= numbers[0] < numbers[2] <= 1
     if disc or (box and 0 <= numbers[1] < numbers[3] <= 1):
         return numbers

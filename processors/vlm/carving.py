@@ -38,6 +38,7 @@ from attnctl.sites import sites
 
 from .carve_maps import Form, Map, Mask, Steps, box_of, flat, fused, refine, regions
 from .pai import add_bias
+from .prompts import begun
 from .rows import tokens_of
 
 if TYPE_CHECKING:
@@ -296,7 +297,8 @@ class Carver:
         ]
         flat_list = [image for some in images for image in some]
         padding = {"padding": True, "padding_side": "left"} if len(prompts) > 1 else {}
-        made = self.processor(images=flat_list, text=prompts, return_tensors="pt", **padding)
+        how = {**padding, **begun(self.processor, prompts)}
+        made = self.processor(images=flat_list, text=prompts, return_tensors="pt", **how)
         return made.to(self.model.device, self.model.dtype)
 
     def _prompt(self, text: str, images: int) -> str:

@@ -184,6 +184,12 @@ class PAI(Control):
         codes = tokens.slots("image").view(torch.uint8)
         return EditedRow(Edit(codes, self.alpha, heads=call.state.heads_of(call)))
 
+    def row_edit(self, site: int, state: Any, tokens: Tokens, rows: int) -> Edit | None:
+        """Return the edit of one row."""
+        if type(self).raised is not PAI.raised:
+            return None
+        return Edit(tokens.slots("image").view(torch.uint8), self.alpha)
+
     def reading(self, call: AttentionCall) -> Reading | None:
         """Return the edit of a prompt's rows, where the kernel can run."""
         tokens, state = tokens_of(call, self.name), call.state
@@ -194,6 +200,7 @@ class PAI(Control):
         edit = Edit(tokens.slots("image").view(torch.uint8), self.alpha)
         return EditedPrompt(
             state.rows(call, tokens, self.rows),
+            state.late_rows(call, tokens, self.rows),
             edit.codes.shape[1],
             lambda _site, _residual, heads: edit if heads is None else edit._replace(heads=heads),
             state,

@@ -143,6 +143,8 @@ class EditedPrompt:
 
     Args:
         rows: the queries to edit.
+        late: those of them that see an image token where a call is causal; the others are
+            left as they are.
         total: tokens so far, those of this forward included.
         edit: returns the edit of a site from its number, the residual stream and the chosen
             heads beside the queries.
@@ -152,11 +154,13 @@ class EditedPrompt:
     def __init__(
         self,
         rows: Rows,
+        late: Rows,
         total: int,
         edit: Callable[[int, Residual | None, Tensor | None], Edit],
         memory: RowMemory,
     ) -> None:
-        self.rows, self.total, self.edit, self.memory = rows, total, edit, memory
+        self.rows, self.late, self.total = rows, late, total
+        self.edit, self.memory = edit, memory
         self.device = rows.columns.device
 
     def __call__(self, call: PromptCall) -> Tensor | None:
@@ -168,8 +172,24 @@ class EditedPrompt:
         edit = self.edit(site, residual, heads)
         if k.shape[2] < self.total:  # a sliding window
             edit = edit._replace(first=self.total - k.shape[2])
-        done = edit_rows(q, k, v, out, edit, self.rows, mask, scale, causal)
+        rows = self.late if causal else self.rows
+        done = edit_rows(q, k, v, out, edit, rows, mask, scale, causal)
         return out if done else None
+
+
+def _before_images(image: Tensor, columns: Tensor, queries: int) -> int:
+    """Return how many of a forward's queries, by number, come before all images of the batch.
+
+    Args:
+        image: bool [B, T], the image tokens among all tokens so far.
+        columns: [R], numbers of queries in order.
+        queries: number of the forward's tokens, the last of T.
+    """
+    there = image[0] if image.shape[0] == 1 else image.any(dim=0)
+    first = int(there.view(torch.uint8).argmax())
+    if not first and not there[0]:  # no image
+        return len(columns)
+    return int(torch.searchsorted(columns, first - (image.shape[1] - queries)))
 
 
 @dataclass(eq=False)
@@ -177,7 +197,7 @@ class RowMemory:
     """What the layers of a forward share about the rows of an edit."""
 
     _heads: dict[int, Tensor] = field(default_factory=dict)
-    _rows: tuple[Tokens, Rows] | None = None
+    _rows: tuple[Tokens, Rows, Rows] | None = None
 
     def heads(self, site: int, chosen: Tensor, device: torch.device) -> Tensor:
         """Return a site's chosen heads, bool [H], as uint8 beside the queries."""
@@ -193,13 +213,24 @@ class RowMemory:
 
     def rows(self, call: AttentionCall, tokens: Tokens, role: str) -> Rows:
         """Return the queries of a role, or "all"; an edit has one role."""
+        return self._found_rows(call, tokens, role)[1]
+
+    def late_rows(self, call: AttentionCall, tokens: Tokens, role: str) -> Rows:
+        """Return the same without those in front of all image tokens of the batch."""
+        return self._found_rows(call, tokens, role)[2]
+
+    def _found_rows(
+        self, call: AttentionCall, tokens: Tokens, role: str
+    ) -> tuple[Tokens, Rows, Rows]:
         if self._rows is None or self._rows[0] is not tokens:
             batch, _, n, _ = call.q.shape
             if role == "all":
                 columns, flags = torch.arange(n), torch.ones((batch, n), dtype=torch.bool)
             else:
                 columns, flags = tokens.rows(role)
+            early = _before_images(tokens.slots_here("image"), columns, n)
             both = torch.cat([columns[None], flags]).int()  # go there at once
             both = both.to(call.q.device, non_blocking=True)
-            self._rows = tokens, Rows(both[0], both[1:])
-        return self._rows[1]
+            late = both[:, early:] if batch == 1 else both[:, early:].contiguous()
+            self._rows = tokens, Rows(both[0], both[1:]), Rows(late[0], late[1:])
+        return self._rows

@@ -101,6 +101,10 @@ class SinkMemory(RowMemory):
 
     def codes(self, call: AttentionCall, tokens: Tokens) -> Tensor:
         """Return the codes [B, P] of the first tokens, uint8."""
+        if call.residual is None and call.q.shape[2] == 1:  # a written token, no sink
+            known = self.known(call.site.index, call.q.shape[0])
+            if known is not None:
+                return known
         return self.codes_at(
             call.site.index, call.residual, tokens, call.step.index, call.q.shape[0]
         )
@@ -132,6 +136,11 @@ class SinkMemory(RowMemory):
                 self._read(site, residual, tokens)
         codes = self._codes[site]
         return codes if codes.shape[0] == rows else fit_rows(codes, rows)
+
+    def known(self, site: int, rows: int) -> Tensor | None:
+        """Return the codes [B, P] of a prompt that has been read at a site, None of another."""
+        codes = self._codes.get(site)
+        return None if codes is None else fit_rows(codes, rows)
 
     def groups(self, call: AttentionCall, tokens: Tokens) -> Tensor:
         """Return masks [B, 3, P] of the first keys: text sinks, image sinks, other image tokens.

@@ -39,8 +39,13 @@ from torch import Tensor
 from attnctl.control import Control, register
 from attnctl.errors import OptionError
 from attnctl.hosts.run import Run
-from attnctl.kernels.group_attention import Edit, regrouped_attention
-from attnctl.records import STOCK, AttentionCall, Reading, Residual, WrittenRow
+from attnctl.kernels.group_attention import (
+    Edit,
+    reads_image,
+    redistribution,
+    regrouped_attention,
+)
+from attnctl.records import STOCK, AttentionCall, Reading, Residual, Tokens, WrittenRow
 from attnctl.selectors import Selection
 from attnctl.sites import Sites
 
@@ -48,44 +53,6 @@ from .rows import EditedPrompt, EditedRow, edited, kernel_fits, recomputed_rows,
 from .sinks import SinkMemory
 
 __all__ = ["VAR", "reads_image", "redistribution"]
-
-TEXT_SINKS, IMAGE_SINKS, IMAGE = 0, 1, 2
-"""The groups of keys, in this order: text sinks, image sinks, other image tokens."""
-
-
-def reads_image(masses: Tensor, rho: float, image_mass: float) -> Tensor:
-    """Return in which rows and heads the attention is redistributed.
-
-    Args:
-        masses: [..., 3], attention to text sinks, image sinks and the other image tokens.
-        rho: least share of the others in the attention to the image.
-        image_mass: least attention to the image.
-
-    Returns:
-        bool [...]. Rows that see no image sink, or no other image token, are left out.
-    """
-    sinks, others = masses[..., IMAGE_SINKS], masses[..., IMAGE]
-    image = sinks + others
-    return (image >= image_mass) & (others >= rho * image) & (sinks > 0) & (others > 0)
-
-
-def redistribution(masses: Tensor, chosen: Tensor, p: float) -> Tensor:
-    """Return the factors on the weights of the three groups.
-
-    Args:
-        masses: [..., 3], attention to text sinks, image sinks and the other image tokens.
-        chosen: bool [...], where to redistribute.
-        p: share of the sinks' attention that is moved.
-
-    Returns:
-        [..., 3]: 1 - p, 1 - p and 1 + p m_S / m_V where chosen, else 1.
-    """
-    sinks = masses[..., TEXT_SINKS] + masses[..., IMAGE_SINKS]
-    others = masses[..., IMAGE]
-    raised = 1 + p * sinks / torch.where(chosen, others, 1.0)
-    lowered = torch.full_like(raised, 1 - p)
-    factors = torch.stack([lowered, lowered, raised], dim=-1)
-    return torch.where(chosen[..., None], factors, 1.0)
 
 
 @register
@@ -227,6 +194,11 @@ class VAR(Control):
         codes = call.state.codes(call, tokens)
         return EditedRow(self._edit(codes, call.state.heads_of(call)))
 
+    def row_edit(self, site: int, state: Any, tokens: Tokens, rows: int) -> Edit | None:
+        """Return the edit of one row; without an image sink it is none."""
+        codes = state.known(site, rows)
+        return None if codes is None else self._edit(codes, None)
+
     def reading(self, call: AttentionCall) -> Reading | None:
         """Return the edit of a prompt's rows, where the kernel can run."""
         tokens, state = tokens_of(call, self.name), call.state
@@ -237,8 +209,13 @@ class VAR(Control):
         def edit(site: int, residual: Residual | None, heads: Tensor | None) -> Edit:
             return self._edit(state.codes_at(site, residual, tokens, step, batch), heads)
 
-        total = tokens.slots("image").shape[1]
-        return EditedPrompt(state.rows(call, tokens, "text"), total, edit, state)
+        return EditedPrompt(
+            state.rows(call, tokens, "text"),
+            state.late_rows(call, tokens, "text"),
+            tokens.slots_here("image").shape[1],
+            edit,
+            state,
+        )
 
     def _edit(self, codes: Tensor, heads: Tensor | None) -> Edit:
         return Edit(codes, self.p_moved, True, self.rho_nonsink, self.image_mass, heads)
