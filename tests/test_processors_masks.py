@@ -157,7 +157,7 @@ def test_the_page_has_what_was_measured() -> None:
 @pytest.mark.parametrize("name", ["tiny-sd", "tiny-sd3"])
 def test_presets_are_those_that_were_chosen_and_confirmed(name: str) -> None:
     chosen, confirmed = (
-        json.loads((DOCS / f"measured/masks-{kind}.json").read_text())[name]
+        json.loads((DOCS / f"measured/masks/{kind}.json").read_text())[name]
         for kind in ("choosing", "heldout")
     )
     (preset,) = (one for one in presets("masks") if one.name == name)
