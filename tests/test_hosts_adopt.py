@@ -505,7 +505,7 @@ def test_a_forward_that_is_replaced_under_the_patch_is_used(
             tap.unhook(attn)
 
 
-def test_names_are_restored_though_a_processor_went_out_of_reach() -> None:
+def test_a_processor_that_went_out_of_reach() -> None:
     from diffusers.models import attention_processor as theirs
 
     unet = build("sd1").unet
@@ -519,6 +519,11 @@ def test_names_are_restored_though_a_processor_went_out_of_reach() -> None:
         module.set_processor(theirs.AttnProcessor())
         first.undo()
         assert theirs.F is not names
+        for _ in range(2):  # and a control that would be passed by is refused, at every call
+            with pytest.raises(attnctl.HostError, match="past any control"), torch.no_grad():
+                unet(
+                    torch.zeros(1, 4, 8, 8), 1, torch.zeros(1, 4, unet.config.cross_attention_dim)
+                )
     finally:
         second.undo()
         module.set_processor(before)
