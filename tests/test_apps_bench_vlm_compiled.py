@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import statistics
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,13 @@ def test_every_arm_of_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert counted["unique_graphs"] == before + 2  # both compiled, once
     for found in arms.values():
         assert len(found["rounds_token_ms"]) == 3 and min(found["rounds_token_ms"]) > 0
+        for ratio, rounds in (
+            ("tokens_per_second / stock", "rounds_token_ms"),
+            ("all tokens / stock", "rounds_total_ms"),
+        ):  # more than 1 where it is faster than stock
+            pairs = zip(arms["stock"][rounds], found[rounds], strict=True)
+            wanted = statistics.median(stock / mine for stock, mine in pairs)
+            assert found[ratio] == pytest.approx(wanted, rel=1e-2)
         low, high = found["tokens_per_second / stock, interval"]
         assert low <= found["tokens_per_second / stock"] <= high
     assert arms["stock"]["logits, largest difference to eager"] < 1e-4

@@ -295,6 +295,12 @@ CONTROLS: dict[str, dict[str, Any]] = {
 }
 
 
+def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let models take the torch path from here on."""
+    monkeypatch.setattr("attnctl.processors.vlm.rows.rows_fit", lambda *_: False)
+    monkeypatch.setattr("attnctl.processors.vlm.sinks.codes_call", lambda *_: None)
+
+
 @inside
 @pytest.mark.parametrize(
     ("family", "control", "options"),
@@ -326,8 +332,7 @@ def test_whole_models_take_it(
     with attnctl.patch(model, made):
         found = generate(model, inputs, 3)
     assert any(runs) and not all(runs)  # written tokens, and the prompt
-    monkeypatch.setattr("attnctl.processors.vlm.rows.rows_fit", lambda *_: False)
-    monkeypatch.setattr("attnctl.processors.vlm.sinks.codes_call", lambda *_: None)
+    without_kernels(monkeypatch)
     runs.clear()
     with attnctl.patch(model, made):
         plain = generate(model, inputs, 3)
@@ -371,8 +376,7 @@ def test_models_on_flash_attention_take_it(
     assert ((1, 1), True) in prompts and any(written for written, *_ in runs)
     assert family == "gemma3" or len(prompts) == 1  # a window needs a mask that says it
     choose_attention(model, "sdpa")
-    monkeypatch.setattr("attnctl.processors.vlm.rows.rows_fit", lambda *_: False)
-    monkeypatch.setattr("attnctl.processors.vlm.sinks.codes_call", lambda *_: None)
+    without_kernels(monkeypatch)
     with attnctl.patch(model, made):
         torch.testing.assert_close(found, generate(model, inputs, 3), rtol=1e-4, atol=1e-4)
 
@@ -397,8 +401,7 @@ def test_queries_in_front_of_the_image_are_left_out(monkeypatch: pytest.MonkeyPa
     assert int(image[0]) > 0 and len(rows) > 1
     assert all(torch.equal(few.columns, after.int()) for few in rows)
     assert all(few.flags.shape == (1, len(after)) for few in rows)
-    monkeypatch.setattr("attnctl.processors.vlm.rows.rows_fit", lambda *_: False)
-    monkeypatch.setattr("attnctl.processors.vlm.sinks.codes_call", lambda *_: None)
+    without_kernels(monkeypatch)
     with attnctl.patch(model, control):
         torch.testing.assert_close(found, generate(model, inputs, 1), rtol=1e-4, atol=1e-4)
 
@@ -444,8 +447,7 @@ def test_a_prompt_in_two_parts(control: str, monkeypatch: pytest.MonkeyPatch) ->
         return torch.cat([first.logits, last.logits], dim=1)
 
     found = run()
-    monkeypatch.setattr("attnctl.processors.vlm.rows.rows_fit", lambda *_: False)
-    monkeypatch.setattr("attnctl.processors.vlm.sinks.codes_call", lambda *_: None)
+    without_kernels(monkeypatch)
     plain = run()
     real = seen.bool()
     torch.testing.assert_close(found[real], plain[real], rtol=1e-4, atol=1e-4)
