@@ -23,7 +23,6 @@ __all__ = [
     "AttentionCall",
     "ForwardCall",
     "LogitsCall",
-    "PromptCall",
     "Reading",
     "Rows",
     "Site",
@@ -155,6 +154,8 @@ class Tokens:
         first: slot of the first key: above 0 in a sliding window.
         written: whether all queries were written after the prompt: roles "text" and "answer".
         device: where masks are wanted; None for where they are made, which may be the CPU.
+        labels: uint8 [B, T] of all tokens so far, 0 text, 1 image, 2 padding, where masks are
+            made; None if they were made otherwise.
     """
 
     def __init__(
@@ -165,11 +166,13 @@ class Tokens:
         first: int = 0,
         written: bool = False,
         device: torch.device | None = None,
+        labels: Tensor | None = None,
     ) -> None:
         self._of = {"queries": queries, "keys": keys, "slots": slots or keys}
         self.first = first
         self.written = written
         self.device = device
+        self.labels = labels
         self._made: dict[tuple[str, str], Tensor] = {}
         self._wanted: dict[tuple[str, str], Tensor] = {}
 
@@ -189,24 +192,16 @@ class Tokens:
         """Return the same where the masks are made, which may be the CPU."""
         return self._make("slots", role)
 
+    def queries_here(self, role: str) -> Tensor:
+        """Return the queries of a role where the masks are made, which may be the CPU."""
+        return self._make("queries", role)
+
     def columns(self, role: str) -> Tensor:
         """Return the numbers [n] of the queries that have the role in some row."""
         if ("columns", role) not in self._wanted:
-            columns, _ = self.rows(role)
+            columns = self._make("queries", role).any(dim=0).nonzero()[:, 0]
             self._wanted["columns", role] = columns.to(self.device, non_blocking=True)
         return self._wanted["columns", role]
-
-    def rows(self, role: str) -> tuple[Tensor, Tensor]:
-        """Return the numbers [n] of the queries that have the role in some row, and where.
-
-        Both where the masks are made; the second is bool [B, n].
-        """
-        mask = self._make("queries", role)
-        if mask.shape[0] == 1:
-            columns = mask[0].nonzero()[:, 0]
-            return columns, mask.new_ones((1, len(columns)))
-        columns = mask.any(dim=0).nonzero()[:, 0]
-        return columns, mask[:, columns]
 
     def at(self, columns: Tensor) -> Tokens:
         """Return the roles for some of the queries, by number [n]."""
@@ -467,41 +462,30 @@ def _take_mask(
 WrittenRow = Callable[
     [Tensor, Tensor, Tensor, "Tensor | None", "float | None", int], "Tensor | None"
 ]
-"""Attention of one written token: (q, k, v, mask, scale, first) as in an `AttentionCall` and its
-`Tokens`, to the output [B, 1, H, Dv], or None where it must be asked in the usual way."""
+"""Attention of one written token: (q, k, v, mask, scale) as in an `AttentionCall`, and the number
+of tokens so far, of which a sliding window holds the last ones; to the output [B, 1, H, Dv], or
+None where it must be asked in the usual way."""
 
 
-class PromptCall(NamedTuple):
-    """Attention of a prompt at one site, for a control that is alone there and keeps it stock.
+Reading = Callable[
+    [
+        int, Tensor, Tensor, Tensor, "Tensor | None", "float | None", bool, "Tensor | None",
+        "Tensor | None", Tensor,
+    ],
+    "Tensor | None",
+]  # fmt: skip
+"""What is done to a prompt at a site, for a control that is alone there and keeps it stock.
 
-    Args:
-        site: number of the site.
-        q: [B, H, Nq, D].
-        k: [B, Hkv, Nk, D].
-        v: [B, Hkv, Nk, Dv].
-        mask: as in an `AttentionCall`.
-        scale: as there.
-        is_causal: as there; beside a mask (FlashAttention has padding there) both hold.
-        residual: as there.
-        heads: bool [H] on the CPU, the heads to touch; None for all of them.
-        out: [B, Nq, H, Dv], contiguous: the output of the model's own attention.
-    """
+Called with
+- the number of the site,
+- q [B, H, Nq, D], k [B, Hkv, Nk, D], v [B, Hkv, Nk, Dv], mask, scale and is_causal as in an
+  `AttentionCall`; beside a mask (FlashAttention has padding there) both hold;
+- hidden [B, Nq, width], what the layer reads, where the control asks for it (`reads_residual`);
+- heads bool [H] on the CPU, those to touch, None for all of them;
+- out [B, Nq, H, Dv], contiguous, of the model's own attention.
 
-    site: int
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    mask: Tensor | None
-    scale: float | None
-    is_causal: bool
-    residual: Residual | None
-    heads: Tensor | None
-    out: Tensor
-
-
-Reading = Callable[[PromptCall], "Tensor | None"]
-"""What is done to a prompt at a site: to the output [B, Nq, H, Dv], which may be that of the call,
-changed in place; or None, with nothing changed, where it must be asked in the usual way."""
+Returns the output [B, Nq, H, Dv], which may be `out`, changed in place; or None, with nothing
+changed, where it must be asked in the usual way."""
 
 
 Watch = Callable[[Tensor, Tensor, "Tensor | None", "float | None"], bool]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections import Counter
+from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import TYPE_CHECKING, Any
@@ -40,7 +40,7 @@ class Entry:
     sites: Sites
     owner: int | None = None
     serial: int = field(default_factory=lambda: next(_SERIAL))
-    calls: Counter[int] = field(default_factory=Counter)
+    calls: dict[int, int] = field(default_factory=lambda: defaultdict(int))
     steps: set[int] = field(default_factory=set)
     forwards: int = 0
     warned: bool = False

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["is_here", "kernels_on"]
+__all__ = ["is_here", "kernels_on", "several_gpus"]
 
 
 @functools.cache
@@ -33,10 +33,11 @@ def kernels_on(device: torch.device, module: str) -> Any:
 
 
 @functools.cache
-def _several_gpus() -> bool:
+def several_gpus() -> bool:
+    """Whether torch sees more than one GPU."""
     return torch.cuda.device_count() > 1
 
 
 def is_here(x: Tensor) -> bool:
     """Whether a kernel on this tensor can be started at once: it starts on the current GPU."""
-    return not _several_gpus() or not x.is_cuda or x.device.index == torch.cuda.current_device()
+    return not several_gpus() or not x.is_cuda or x.device.index == torch.cuda.current_device()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -12,7 +13,6 @@ import attnctl
 from attnctl.kernels.group_attention import Edit, Rows
 from attnctl.processors.vlm.pai import add_bias, raised_logits
 from attnctl.processors.vlm.rows import EditedPrompt, RowMemory, _before_images
-from attnctl.records import PromptCall
 from attnctl.testing import oracles
 from attnctl.testing.calls import Record
 from attnctl.testing.vlms import VLMS, generate
@@ -191,17 +191,18 @@ def test_a_layer_on_another_device_is_asked_in_the_usual_way() -> None:
     """The rows of a prompt are kept on the device of the first layer."""
     q = torch.zeros(1, 2, 5, 8)
     rows = Rows(torch.zeros(1, dtype=torch.int32), torch.ones(1, 1, dtype=torch.int32))
-    call = PromptCall(0, q, q, q, None, None, True, None, None, q.transpose(1, 2).contiguous())
+    call = 0, q, q, q, None, None, True, None, None, q.transpose(1, 2).contiguous()
     asked: list[int] = []
 
-    def edit(site: int, residual: Any, heads: Any) -> Edit:
+    def codes(site: int, hidden: Any) -> torch.Tensor:
         asked.append(site)
-        return Edit(torch.zeros(1, 5, dtype=torch.uint8), 0.2)
+        return edit.codes
 
-    elsewhere = Rows(rows.columns.to("meta"), rows.flags.to("meta"))
-    assert EditedPrompt(elsewhere, elsewhere, 5, edit, RowMemory())(call) is None and not asked
-    EditedPrompt(rows, rows, 5, edit, RowMemory())(call)
-    assert asked == [0]
+    edit = Edit(torch.zeros(1, 5, dtype=torch.uint8), 0.2)
+    for device, want in (("meta", []), ("cpu", [0])):
+        made = EditedPrompt(lambda _: rows, torch.device(device), 5, edit, RowMemory(), codes)
+        assert made(*call) is None  # no kernel here
+        assert asked == want
 
 
 @pytest.mark.parametrize(
@@ -210,7 +211,7 @@ def test_a_layer_on_another_device_is_asked_in_the_usual_way() -> None:
 )
 def test_queries_in_front_of_all_images(image: tuple[int, ...], tokens: int, early: int) -> None:
     """Of a batch, and of the last part of a prompt."""
-    columns, there = torch.tensor([0, 1, 5, 6]), torch.zeros(2, 9, dtype=torch.bool)
+    columns, there = np.array([0, 1, 5, 6]), torch.zeros(2, 9, dtype=torch.bool)
     for row, slot in enumerate(image):
         there[row, slot] = True
     assert _before_images(there, columns, tokens) == early

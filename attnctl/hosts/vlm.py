@@ -21,7 +21,6 @@ from ..errors import HostError
 from ..records import (
     STOCK,
     AttentionCall,
-    PromptCall,
     Reading,
     Residual,
     Rows,
@@ -41,6 +40,7 @@ from .vlm_tokens import Sequence, fit_rows, image_ids, label, tokens_of
 __all__ = ["DecoderBinding"]
 
 _NO_HEADS, _ALL = torch.empty(0), slice(None)
+_CONDITIONED = Rows(("cond",), 1)
 
 SLOT = "_attnctl"
 """Where a decoder keeps its binding, and a cache what is known of its tokens."""
@@ -67,22 +67,29 @@ class _Given:
         """Return the labels of the last n tokens, None if these are not all ids."""
         if self.ids is None or self.ids.shape[1] != n or rows % self.ids.shape[0]:
             return None
-        mask = None if self.mask is None else self.mask[:, -n:].cpu()
+        ids, mask = self.here
         images = () if self.model is None else image_ids(self.model.config)
-        return fit_rows(label(self.ids_here, mask, images), rows)
+        return fit_rows(label(ids, None if mask is None else mask[:, -n:], images), rows)
 
     @functools.cached_property
-    def ids_here(self) -> Tensor:
-        """The token ids on the CPU: a GPU would be told to do a dozen tiny things, one by one."""
-        assert self.ids is not None
-        return self.ids.cpu()
+    def here(self) -> tuple[Tensor, Tensor | None]:
+        """Ids and mask on the CPU: a GPU would be told to do a dozen tiny things, one by one."""
+        ids, mask = self.ids, self.mask
+        assert ids is not None
+        if mask is None:
+            return ids.cpu(), None
+        alike = ids.shape == mask.shape and ids.dtype == mask.dtype and ids.device == mask.device
+        if alike and ids.device.type != "cpu":  # one wait, not two
+            both = torch.stack((ids, mask)).cpu()
+            return both[0], both[1]
+        return ids.cpu(), mask.cpu()
 
 
 def _are_ids(value: Any) -> bool:
     return isinstance(value, Tensor) and value.ndim == 2 and not value.is_floating_point()
 
 
-class _Local(threading.local):
+class Local(threading.local):
     """What this thread is doing."""
 
     forward: Forward | None = None
@@ -93,7 +100,7 @@ class _Local(threading.local):
     aside: Literal["no", "stock", "controlled"] = "no"  # inside a second pass of the model
 
 
-LOCAL = _Local()
+LOCAL = Local()
 
 
 class ModelCalls:
@@ -222,8 +229,8 @@ def _listening(stock: Callable[..., Any]) -> Callable[..., Any]:
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         lookup = self.__dict__.get(SLOT)
-        if lookup is None or _being_compiled(lookup):  # or called past the undo
-            return stock(self, *args, **kwargs)
+        if lookup is None or (lookup.form is not None and torch.compiler.is_compiling()):
+            return stock(self, *args, **kwargs)  # called past the undo, or traced for a form
         forward = LOCAL.forward
         if forward is None:
             return stock(self, *args, **kwargs)
@@ -326,7 +333,7 @@ class DecoderBinding(Uncopied):
             unhook_site(self.modules[index])
             self.hooked.discard(index)
         for index in wanted - self.hooked:
-            hook_site(self.modules[index], DecoderSite(self, index))
+            hook_site(self.modules[index], DecoderSite(self, index, LOCAL))
             self.hooked.add(index)
         self._listen({i for e in acting if e.control.reads_residual for i in e.selection})
 
@@ -398,8 +405,10 @@ class DecoderBinding(Uncopied):
             active = []
         for entry in active:
             entry.steps.add(step.index)
-        key = tuple(e.serial for e in active)
-        acting, written = self.acting.setdefault(key, {}), None
+        key, written = tuple(e.serial for e in active), None
+        acting = self.acting.get(key)
+        if acting is None:
+            acting = self.acting[key] = {site: _at(site, active) for site in self.hooked}
         if n == 1 and past >= sequence.prompt:
             written = sequence.rows.setdefault((key, rows), {})
         return Forward(
@@ -437,19 +446,18 @@ class DecoderBinding(Uncopied):
             LOCAL.heard = forward.heard(cache)
         return out
 
-    def attend(
-        self, site: int, module: nn.Module, call: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Tensor, Tensor | None]:
-        """Run the stack of one site; see `vlm_tap._attend`."""
-        forward = LOCAL.forward
-        if forward is None or forward.binding is not self:
-            name = original_class(self.module).__name__
-            raise HostError(
-                f"attention of this {name} was called past the patch: its forward directly, one "
-                "of its layers, or a checkpointed layer in the backward pass. Call the model "
-                "itself, without gradient checkpointing"
-            )
-        return forward.attend(site, module, call, kwargs)
+    def passed(self) -> HostError:
+        """Return the error of attention outside a call of the decoder."""
+        return HostError(
+            f"attention of this {original_class(self.module).__name__} was called past the patch: "
+            "its forward directly, one of its layers, or a checkpointed layer in the backward "
+            "pass. Call the model itself, without gradient checkpointing"
+        )
+
+
+def _at(site: int, active: list[Entry]) -> tuple[Entry, ...]:
+    """Return the entries with something to do at a site."""
+    return tuple(e for e in active if e.wants(site, _CONDITIONED))
 
 
 def _check_planes(entry: Entry) -> None:
@@ -511,7 +519,7 @@ def _read(sequence: Sequence, inputs: dict[str, Any], rows: int, n: int, past: i
     whole = generation is not None and generation.ids is not None
     if whole and sequence.labels is not None and past >= generation.ids.shape[1]:  # type: ignore[union-attr]
         return  # several tokens of the answer at once
-    if whole and _begins(generation, own, past, n):
+    if whole and not _reads_it_all(generation, own, past) and _begins(generation, own, past, n):
         assert generation is not None and generation.ids is not None
         sequence.prompt = generation.ids.shape[1]
         known = generation.labels(rows, sequence.prompt)
@@ -520,6 +528,14 @@ def _read(sequence: Sequence, inputs: dict[str, Any], rows: int, n: int, past: i
         return
     sequence.read(own.labels(rows, n), past, n)
     sequence.prompt = past + n
+
+
+def _reads_it_all(generation: Any, own: _Given, past: int) -> bool:
+    """Whether a call says as much of its tokens as the generation under way says of its prompt."""
+    if past or own.ids is None or own.ids.shape != generation.ids.shape:
+        return False
+    told = own.mask is not None or generation.mask is None
+    return told and own.model is generation.model
 
 
 def _begins(generation: Any, own: _Given, past: int, n: int) -> bool:
@@ -535,9 +551,9 @@ def _begins(generation: Any, own: _Given, past: int, n: int) -> bool:
     if own.ids.shape[0] % rows:
         return False
     if own.ids.shape == generation.ids.shape:
-        return torch.equal(own.ids_here, generation.ids_here)
-    repeated = fit_rows(generation.ids_here, own.ids.shape[0])
-    return torch.equal(own.ids_here[:, :most], repeated[:, :most])
+        return torch.equal(own.here[0], generation.here[0])
+    repeated = fit_rows(generation.here[0], own.ids.shape[0])
+    return torch.equal(own.here[0][:, :most], repeated[:, :most])
 
 
 @dataclass(eq=False)
@@ -552,7 +568,7 @@ class Forward:
         rows: roles of the batch rows: all "cond".
         past: tokens in the cache before this forward.
         n: tokens that it reads.
-        acting: entries with something to do, by site; filled as they are asked for.
+        acting: entries with something to do, by site.
         written: by site, what is known to be done to written tokens; None for others.
     """
 
@@ -568,7 +584,10 @@ class Forward:
     known: dict[Any, Spans] = field(default_factory=dict)
     stocks: dict[Any, Stock] = field(default_factory=dict)
     masks: dict[Any, Any] = field(default_factory=dict)
-    reading: dict[Entry, Reading | None] = field(default_factory=dict)
+    asked: set[Entry] = field(default_factory=set)
+    reading: dict[Entry | None, Reading] = field(default_factory=dict)  # of those asked
+    config: Any = None  # of modules on sdpa: no more is to be asked of them
+    usual: Any = None  # their own attention
     stream: Tensor | None = None  # what the layer under way reads
 
     def heard(self, cache: Any) -> Heard:
@@ -579,28 +598,22 @@ class Forward:
     def attend(
         self, site: int, module: nn.Module, call: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Tensor, Tensor | None]:
-        """Run the attention plane of one site."""
-        known = None if self.written is None else self.written.get(site)
-        if known is not None:
-            entry, row = known
-            done = self._write(row, module, call, kwargs)
+        """Run the attention plane of one site; see `vlm_tap._attend`."""
+        if self.written is not None:
+            known = self.written.get(site)
+            if known is not None:
+                done = self._write(known[1], module, call, kwargs)
+                if done is not None:
+                    known[0].calls[site] += 1
+                    return done
+        elif self.reading:
+            done = self._read(site, module, call, kwargs)
             if done is not None:
-                entry.calls[site] += 1
                 return done
-        rest = self.acting.get(site)
-        if rest is None:
-            rest = tuple(e for e in self.active if e.wants(site, self.rows))
-            self.acting[site] = rest
-        stock = self._stock(module)
+        rest, stock = self.acting.get(site, ()), self._stock(module)
         if not rest:
             out: tuple[Tensor, Tensor | None] = stock.run(module, *call, **kwargs)
             return out
-        reading = self.reading.get(rest[0]) if len(rest) == 1 else None
-        if reading is not None and stock.plain(kwargs):
-            read = self._read(rest[0], reading, stock, site, module, call, kwargs)
-            if read is not None:
-                rest[0].calls[site] += 1
-                return read, None
         seen = stock.seen(module, call, kwargs, self.masks)
         if stock.eager:
             _check_softmax(rest, kwargs)
@@ -631,42 +644,60 @@ class Forward:
             if row is not None:
                 self.written[site] = entry, row
             return row is not None
-        if entry in self.reading:
+        if entry in self.asked:
             return False
-        self.reading[entry] = entry.control.reading(call)
-        return self.reading[entry] is not None
+        self.asked.add(entry)
+        reading = entry.control.reading(call) if call.plain else None
+        if reading is not None:
+            self.reading[entry] = reading
+        return reading is not None
+
+    # Written tokens and prompts go through the next two, one layer after another. While a layer
+    # runs, the processor forgets this code: what counts is how many functions are called.
 
     def _write(
-        self,
-        row: WrittenRow,
-        module: nn.Module,
-        call: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        self, row: WrittenRow, module: nn.Module, call: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Tensor, Tensor | None] | None:
         """Run what is known to be done to a written token, past the stack; None if it declines."""
-        stock = self._stock(module)
-        if row is STOCK:
-            out: tuple[Tensor, Tensor | None] = stock.run(module, *call, **kwargs)
-            return out
-        q, k, v, mask = call
-        if stock.flash:
-            q, k, v, mask = stock.seen(module, call, kwargs, self.masks)[:4]
-        first = max(0, self.past + 1 - k.shape[2])
-        found = row(q, k, v, mask, kwargs.get("scaling"), first)
+        if module.__dict__["config"] is not self.config or row is STOCK:
+            stock = self._stock(module)
+            if row is STOCK:
+                out: tuple[Tensor, Tensor | None] = stock.run(module, *call, **kwargs)
+                return out
+            if stock.flash:
+                call = stock.seen(module, call, kwargs, self.masks)[:4]
+        found = row(*call, kwargs.get("scaling"), self.past + 1)
         return None if found is None else (found, None)
 
     def _read(
-        self, entry: Entry, reading: Reading, stock: Stock, site: int, module: nn.Module,
-        call: tuple[Any, ...], kwargs: dict[str, Any],
-    ) -> Tensor | None:  # fmt: skip
+        self, site: int, module: nn.Module, call: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Tensor, Tensor | None] | None:
         """Run what is known to be done to a prompt, past the stack; None if it declines."""
-        q, k, v, mask, causal, _ = stock.seen(module, call, kwargs, self.masks)
-        heads = None if site in entry.entire else entry.selection[site]
-        residual = None if self.stream is None else self._residual()
+        acting = self.acting.get(site, ())
+        entry = acting[0] if len(acting) == 1 else None
+        reading = self.reading.get(entry)
+        if entry is None or reading is None:
+            return None
+        asked = kwargs.get
+        if asked("dropout") or asked("position_bias") is not None:
+            return None
+        if module.__dict__["config"] is self.config:
+            stock, (q, k, v, mask), causal = self.usual, call, False
+            if mask is None and self.n > 1:
+                given = asked("is_causal")
+                causal = bool(getattr(module, "is_causal", True) if given is None else given)
+        else:
+            stock = self._stock(module)
+            if stock.eager:
+                return None
+            q, k, v, mask, causal, _ = stock.seen(module, call, kwargs, self.masks)
         out = stock.run(module, *call, **kwargs)[0].contiguous()
-        return reading(
-            PromptCall(site, q, k, v, mask, kwargs.get("scaling"), causal, residual, heads, out)
-        )
+        heads = None if site in entry.entire else entry.selection[site]
+        made = reading(site, q, k, v, mask, asked("scaling"), causal, self.stream, heads, out)
+        if made is None:
+            return None
+        entry.calls[site] += 1
+        return made, None
 
     def _stock(self, module: nn.Module) -> Stock:
         """Return a module's own attention."""
@@ -674,6 +705,8 @@ class Forward:
         found = self.stocks.get(at)
         if found is None:
             found = self.stocks[at] = Stock.of(module)
+            if not found.eager and not found.flash:
+                self.config, self.usual = module.__dict__["config"], found
         return found
 
     def _residual(self) -> Residual | None:

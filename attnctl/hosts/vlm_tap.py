@@ -9,7 +9,6 @@ the model stays on its fast attention and nothing of the config is changed.
 from __future__ import annotations
 
 import functools
-import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,7 +22,7 @@ from .vlm_discover import attention_forward
 from .vlm_flash import Flash, Seen, flash_of, flash_primitive, seen_by_sdpa
 
 if TYPE_CHECKING:
-    from .vlm import DecoderBinding
+    from .vlm import DecoderBinding, Local
 
 __all__ = [
     "NAME",
@@ -42,12 +41,11 @@ _REF, _VIEW = "_attnctl_ref", "_attnctl_view"
 
 
 class DecoderSite(Uncopied):
-    """Says which site of which binding a module is."""
+    """Says which site of which binding a module is, and where its forward is found."""
 
-    def __init__(self, binding: DecoderBinding, index: int) -> None:
-        self.binding = weakref.ref(binding)
-        self.lookup = binding.compiled.lookup
-        self.index = index
+    def __init__(self, binding: DecoderBinding, index: int, local: Local) -> None:
+        self.binding, self.lookup = binding, binding.compiled.lookup
+        self.index, self.local = index, local
 
 
 class _ConfigView:
@@ -117,13 +115,17 @@ def _register() -> None:
         _interface().register(NAME, _attend)
 
 
-def stock_attention(module: torch.nn.Module) -> Callable[..., Any]:
+def stock_attention(module: torch.nn.Module, name: str = "") -> Callable[..., Any]:
     """Return the attention function that the module uses without us.
+
+    Args:
+        module: the module.
+        name: what its config calls that; asked for if empty.
 
     Raises:
         HostError: if it is one whose masks a control cannot read.
     """
-    name = module.__dict__["config"]._attn_implementation
+    name = name or module.__dict__["config"]._attn_implementation
     if name == "eager":
         stock: Callable[..., Any] = attention_forward(module).__globals__[
             "eager_attention_forward"
@@ -152,22 +154,28 @@ def _attend(
 ) -> tuple[Tensor, Tensor | None]:
     """Our entry of the interface: q [B, H, N, D], k and v [B, Hkv, Nk, D], out [B, N, H, D]."""
     ref = module.__dict__.get(_REF)
-    if ref is not None and ref.lookup.form is not None and torch.compiler.is_compiling():
-        call = query, key, value, attention_mask
-        out: tuple[Tensor, Tensor | None] = ref.lookup.form.attend(ref.index, module, call, kwargs)
+    if ref is None:
+        return _unpatched(module, query, key, value, attention_mask, **kwargs)
+    call, form = (query, key, value, attention_mask), ref.lookup.form
+    if form is not None and torch.compiler.is_compiling():
+        out: tuple[Tensor, Tensor | None] = form.attend(ref.index, module, call, kwargs)
         return out
-    binding = None if ref is None else ref.binding()
-    if ref is None or binding is None:
-        if (
-            "config" not in module.__dict__
-            or module.__dict__["config"]._attn_implementation == NAME
-        ):
-            raise HostError(
-                f"{NAME!r} is no attention implementation to choose; call attnctl.patch(model, "
-                "...) on a model with 'sdpa', 'eager' or 'flash_attention_2'"
-            )
-        return stock_attention(module)(module, query, key, value, attention_mask, **kwargs)
-    return binding.attend(ref.index, module, (query, key, value, attention_mask), kwargs)
+    forward = ref.local.forward
+    if forward is None or forward.binding is not ref.binding:
+        raise ref.binding.passed()
+    out = forward.attend(ref.index, module, call, kwargs)
+    return out
+
+
+def _unpatched(module: torch.nn.Module, *call: Any, **kwargs: Any) -> Any:
+    """Run the attention of a module that is no site, or was one."""
+    config = module.__dict__.get("config")
+    if config is None or config._attn_implementation == NAME:
+        raise HostError(
+            f"{NAME!r} is no attention implementation to choose; call attnctl.patch(model, "
+            "...) on a model with 'sdpa', 'eager' or 'flash_attention_2'"
+        )
+    return stock_attention(module)(module, *call, **kwargs)
 
 
 class Stock(NamedTuple):
@@ -186,9 +194,9 @@ class Stock(NamedTuple):
     @classmethod
     def of(cls, module: torch.nn.Module) -> Stock:
         """Return that of a module; configs are slow to ask, once in a forward is enough."""
-        eager = module.__dict__["config"]._attn_implementation == "eager"
-        run = stock_attention(module)
-        return cls(run, eager, isinstance(run, Flash))
+        name = module.__dict__["config"]._attn_implementation
+        run = stock_attention(module, name)
+        return cls(run, name == "eager", isinstance(run, Flash))
 
     def plain(self, kwargs: dict[str, Any]) -> bool:
         """Whether it computes scaled_dot_product_attention and nothing else."""

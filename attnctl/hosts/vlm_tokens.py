@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Sequence", "fit_rows", "image_ids", "label", "marks_of", "tokens_of"]
 
-_TEXT, _IMAGE, _PAD = 0, 1, 2
+_TEXT, _IMAGE, _PAD = 0, 1, 2  # as in `Tokens`
 
 
 def image_ids(config: Any) -> tuple[int, ...]:
@@ -179,7 +180,7 @@ def tokens_of(
         return torch.nn.functional.pad(found, (0, nk - total))
 
     written = past >= sequence.prompt
-    return Tokens(queries, keys, among_all, max(0, total - nk), written, device)
+    return Tokens(queries, keys, among_all, max(0, total - nk), written, device, labels)
 
 
 def _images_after(labels: Tensor) -> Tensor:
@@ -190,9 +191,9 @@ def _images_after(labels: Tensor) -> Tensor:
 def _answering(sequence: Sequence, labels: Tensor) -> Tensor:
     """Return the tokens [B, N] from the last real one of each row's prompt on."""
     if not sequence.padded_right:
-        found = torch.zeros_like(labels, dtype=torch.bool)
+        found = np.zeros(labels.shape, dtype=np.bool_)  # a model waits: torch takes much longer
         found[:, sequence.prompt - 1 :] = True
-        return found
+        return torch.from_numpy(found)
     slots = torch.arange(labels.shape[1], device=labels.device)
     real = (labels != _PAD) & (slots < sequence.prompt)
     last = (real * slots).amax(dim=1, keepdim=True)

@@ -1,6 +1,6 @@
 """Attention that treats a few groups of keys differently: masses, parts, factors, edited rows."""
 
-from .api import codes_call, edit_rows, edited_row, rows_fit
+from .api import Shared, codes_call, edit_rows, edited_row, rows_fit
 from .edit import Edit, Rows
 from .redistribution import reads_image, redistribution
 from .reference import (
@@ -14,6 +14,7 @@ from .reference import (
 __all__ = [
     "Edit",
     "Rows",
+    "Shared",
     "codes_call",
     "edit_rows",
     "edited_row",

@@ -17,6 +17,7 @@ from attnctl.kernels.devices import kernels_on
 from .edit import DTYPES, Edit, Rows
 
 __all__ = [
+    "Shared",
     "codes_call",
     "edit_rows",
     "edited_row",
@@ -29,6 +30,18 @@ _TRITON = f"{__package__}.triton"
 
 def _graph_wanted(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
+class Shared:
+    """What the layers of a forward share of the launches of one edit.
+
+    Args:
+        total: tokens so far.
+    """
+
+    def __init__(self, total: int = 0) -> None:
+        self.total = total
+        self.again: Any = None  # edits the rows of another layer (`again.RowsAgain`)
 
 
 def rows_fit(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
@@ -55,6 +68,7 @@ def edited_row(
     mask: Tensor | None,
     scale: float | None,
     counts: Tensor | None = None,
+    shared: Shared | None = None,
 ) -> Tensor | None:
     """Return the attention of single queries with their weights edited.
 
@@ -66,6 +80,7 @@ def edited_row(
         mask: bool (True = may attend) or additive float [B or 1, H or 1, 1, Nk], None for none.
         scale: factor on the logits, None for 1/sqrt(D).
         counts: int32, 0 before and after, to count parts in; None for those of the stream.
+        shared: told how the layers after this one are edited.
 
     Returns:
         [B, 1, H, D]; None where the kernel cannot take the call.
@@ -76,6 +91,8 @@ def edited_row(
     batch, heads, _, width = q.shape
     out = q.new_empty((batch, 1, heads, width))
     call(q, k, v, out, edit, None, mask, counts)
+    if shared is not None:
+        shared.again = call.again(q, k, v, edit, None, mask, scale, False, shared.total)
     return out
 
 
@@ -89,6 +106,7 @@ def edit_rows(
     mask: Tensor | None = None,
     scale: float | None = None,
     causal: bool = False,
+    shared: Shared | None = None,
 ) -> bool:
     """Write the attention of some queries, with their weights edited, into that of all.
 
@@ -104,6 +122,7 @@ def edit_rows(
         mask: bool (True = may attend) or additive float [B or 1, H or 1, Nq or 1, Nk].
         scale: factor on the logits, None for 1/sqrt(D).
         causal: whether query i sees the keys up to i only.
+        shared: told how the layers after this one are edited.
 
     Returns:
         Whether the kernel can take the call (`rows_fit`); if not, nothing is changed.
@@ -114,6 +133,8 @@ def edit_rows(
     if call is None:
         return False
     call(q, k, v, out, edit, rows, mask)
+    if shared is not None:
+        shared.again = call.again(q, k, v, edit, rows, mask, scale, causal, shared.total)
     return True
 
 

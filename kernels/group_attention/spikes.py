@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Launch
+from .launch import MOST_KNOWN, UNIT, Again, Launch
 
 __all__ = ["CodesCall"]
 
@@ -45,6 +47,22 @@ def _power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+@functools.lru_cache(MOST_KNOWN)
+def _launch(
+    batch: int, n: int, width: int, steps: tuple[int, ...], dtype: torch.dtype,
+    device: torch.device, n_dims: int, index: torch.dtype, step: int,
+) -> Launch:  # fmt: skip
+    """Return the launch for streams of such a shape and layout, whatever the prompt."""
+    return Launch(
+        sink_codes_kernel, (n, batch, 1), device, (dtype, index), 1, steps,
+        (step, n, torch.finfo(torch.float32).tiny),
+        {
+            "N_DIMS": n_dims, "WIDTH": width,
+            "BS": _power_of_two(n_dims), "BD": min(1024, _power_of_two(width)),
+        },
+    )  # fmt: skip
+
+
 class CodesCall:
     """Writes the codes of tokens, at one layer after another that reads a stream of one shape.
 
@@ -64,14 +82,11 @@ class CodesCall:
         self.layers, self.room = layers, list[Tensor]()
         self.kind = hidden.shape, hidden.stride(), hidden.dtype, hidden.device
         self.given, self.numbers = (dims, labels), (limit, float(tau))
-        self.launch = Launch(
-            sink_codes_kernel, (n, batch, 1), hidden.device, (hidden.dtype, dims.dtype), 1,
-            hidden.stride()[:2], (labels.stride(0), n, torch.finfo(torch.float32).tiny),
-            {
-                "N_DIMS": dims.shape[0], "WIDTH": width,
-                "BS": _power_of_two(dims.shape[0]), "BD": min(1024, _power_of_two(width)),
-            },
+        self.launch = _launch(
+            batch, n, width, hidden.stride()[:2], hidden.dtype, hidden.device, dims.shape[0],
+            dims.dtype, labels.stride(0),
         )  # fmt: skip
+        self.again: Again | None = None
 
     def takes(self, hidden: Tensor) -> bool:
         """Whether a layer's stream is of the shape and layout that this was made for."""
@@ -88,4 +103,25 @@ class CodesCall:
             self.room += torch.empty(shape, dtype=torch.uint8, device=hidden.device).unbind()
         out = self.room.pop()
         self.launch((hidden, *self.given, out), *self.numbers)
+        self.again = self.launch.again(self.given, *self.numbers)
+        return out
+
+    def next(self, hidden: Tensor) -> Tensor | None:
+        """Return the same with less to look at, as a layer after another can have it.
+
+        None, with nothing done, where this cannot be.
+        """
+        again, kind = self.again, self.kind
+        if (
+            again is None or not self.room
+            or hidden.shape != kind[0] or hidden.stride() != kind[1]
+            or hidden.dtype is not kind[2] or hidden.device != kind[3]
+            or again.stream_now() != again.stream
+        ):  # fmt: skip
+            return None
+        at = hidden.data_ptr()
+        if at % UNIT:
+            return None
+        out = self.room.pop()
+        again.run(*again.front, at, *again.fixed, out.data_ptr(), *again.rest)
         return out

@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .again import RowsAgain
 from .edit import DTYPES, Edit, Rows
 from .launch import MOST_KNOWN, Launch, mask_fits, mask_steps, stream_of
 from .spikes import CodesCall
@@ -348,8 +349,6 @@ class RowsCall:
         codes, columns, flags = edit.codes, edit.codes, edit.codes
         if rows is not None:
             columns, flags = rows
-        # whole numbers would be constants of the compiled kernel
-        numbers = edit.first, float(edit.strength), float(edit.rho), float(edit.least)
         heads = codes if edit.heads is None else edit.heads
         if not self.parts:
             parts, counts = out, out
@@ -362,8 +361,27 @@ class RowsCall:
                 q, k, v, out, parts, counts, columns, flags, codes, heads,
                 codes if mask is None else mask,
             ),
-            *numbers,
+            *_numbers(edit),
         )  # fmt: skip
+
+    def again(
+        self, q: Tensor, k: Tensor, v: Tensor, edit: Edit, rows: Rows | None,
+        mask: Tensor | None, scale: float | None, causal: bool, total: int,
+    ) -> RowsAgain | None:  # fmt: skip
+        """Return what edits the rows of the layers after one that this has edited."""
+        columns, flags = (edit.codes, edit.codes) if rows is None else rows
+        room = (edit.codes, edit.codes)  # not read
+        if self.parts:
+            room = _room(self.device, self.parts)
+        launch = self.attend.again((*room, columns, flags), *_numbers(edit))
+        if launch is None:
+            return None
+        return RowsAgain(launch, q, k, v, edit, mask, scale, causal, total)
+
+
+def _numbers(edit: Edit) -> tuple[float, ...]:
+    """Return the numbers of a launch; whole ones would be constants of the compiled kernel."""
+    return edit.first, float(edit.strength), float(edit.rho), float(edit.least)
 
 
 _ROOM: dict[tuple[torch.device, int], tuple[Tensor, Tensor]] = {}

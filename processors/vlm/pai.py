@@ -182,7 +182,8 @@ class PAI(Control):
         if type(self).raised is not PAI.raised or not kernel_fits(call, tokens):
             return None
         codes = tokens.slots("image").view(torch.uint8)
-        return EditedRow(Edit(codes, self.alpha, heads=call.state.heads_of(call)))
+        edit = Edit(codes, self.alpha, heads=call.state.heads_of(call))
+        return EditedRow(edit, call.state.shared)
 
     def row_edit(self, site: int, state: Any, tokens: Tokens, rows: int) -> Edit | None:
         """Return the edit of one row."""
@@ -199,10 +200,10 @@ class PAI(Control):
             return None
         edit = Edit(tokens.slots("image").view(torch.uint8), self.alpha)
         return EditedPrompt(
-            state.rows(call, tokens, self.rows),
-            state.late_rows(call, tokens, self.rows),
+            lambda late: state.rows(call, tokens, self.rows, late),
+            call.q.device,
             edit.codes.shape[1],
-            lambda _site, _residual, heads: edit if heads is None else edit._replace(heads=heads),
+            edit,
             state,
         )
 

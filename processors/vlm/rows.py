@@ -10,19 +10,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from attnctl.errors import HostError
 from attnctl.kernels.group_attention import (
     Edit,
     Rows,
+    Shared,
     edit_rows,
     edited_row,
     rows_fit,
 )
-from attnctl.records import AttentionCall, PromptCall, Residual, Tokens
+from attnctl.records import AttentionCall, Tokens
 
 __all__ = [
     "EditedPrompt",
@@ -119,10 +123,15 @@ def edited(call: AttentionCall, edit: Edit, rows: Callable[[], Rows]) -> Tensor:
 
 
 class EditedRow:
-    """What is done to all later written tokens of a prompt: one edit (`Control.written`)."""
+    """What is done to all later written tokens of a prompt: one edit (`Control.written`).
 
-    def __init__(self, edit: Edit) -> None:
-        self.edit = edit
+    Args:
+        edit: the edit of a site.
+        shared: of all sites' edits.
+    """
+
+    def __init__(self, edit: Edit, shared: Shared) -> None:
+        self.edit, self.shared = edit, shared
 
     def __call__(
         self,
@@ -131,65 +140,104 @@ class EditedRow:
         v: Tensor,
         mask: Tensor | None,
         scale: float | None,
-        first: int,
+        total: int,
     ) -> Tensor | None:
         """Return the output [B, 1, H, D], None where the kernel cannot take the call."""
-        edit = self.edit if first == self.edit.first else self.edit._replace(first=first)
-        return edited_row(q, k, v, edit, mask, scale)
+        edit, again = self.edit, self.shared.again
+        if again is not None:
+            out: Tensor | None = again(
+                q, k, v, None, edit.codes, edit.heads, mask, scale, False, total
+            )
+            if out is not None:
+                return out
+        self.shared.total, first = total, max(0, total - k.shape[2])
+        edit = edit if first == edit.first else edit._replace(first=first)
+        return edited_row(q, k, v, edit, mask, scale, shared=self.shared)
 
 
 class EditedPrompt:
     """What is done to a prompt at every site: rows of the stock output edited (`Control.reading`).
 
     Args:
-        rows: the queries to edit.
-        late: those of them that see an image token where a call is causal; the others are
-            left as they are.
+        rows: returns the queries to edit, and if asked only those that see an image token where
+            a call is causal; the others are left as they are.
+        device: of these.
         total: tokens so far, those of this forward included.
-        edit: returns the edit of a site from its number, the residual stream and the chosen
-            heads beside the queries.
+        edit: the edit, with the codes of every site if these are the same.
         memory: where the heads are kept.
+        codes: returns the codes of a site from its number and what its layer reads; None for
+            those of the edit.
     """
 
     def __init__(
         self,
-        rows: Rows,
-        late: Rows,
+        rows: Callable[[bool], Rows],
+        device: torch.device,
         total: int,
-        edit: Callable[[int, Residual | None, Tensor | None], Edit],
+        edit: Edit,
         memory: RowMemory,
+        codes: Callable[[int, Tensor | None], Tensor] | None = None,
     ) -> None:
-        self.rows, self.late, self.total = rows, late, total
-        self.edit, self.memory = edit, memory
-        self.device = rows.columns.device
+        self.rows, self.device, self.total = rows, device, total
+        self.edit, self.memory, self.codes = edit, memory, codes
+        self.shared = Shared(total)
 
-    def __call__(self, call: PromptCall) -> Tensor | None:
+    def __call__(
+        self, site: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
+        scale: float | None, causal: bool, hidden: Tensor | None, chosen: Tensor | None,
+        out: Tensor,
+    ) -> Tensor | None:  # fmt: skip
         """Return the output [B, Nq, H, D], None where the kernel cannot take the call."""
-        site, q, k, v, mask, scale, causal, residual, chosen, out = call
         if q.device != self.device:  # a model on several GPUs
             return None
+        codes = self.edit.codes if self.codes is None else self.codes(site, hidden)
         heads = None if chosen is None else self.memory.heads(site, chosen, q.device)
-        edit = self.edit(site, residual, heads)
-        if k.shape[2] < self.total:  # a sliding window
-            edit = edit._replace(first=self.total - k.shape[2])
-        rows = self.late if causal else self.rows
-        done = edit_rows(q, k, v, out, edit, rows, mask, scale, causal)
-        return out if done else None
+        again = self.shared.again
+        if again is not None:
+            done = again(q, k, v, out, codes, heads, mask, scale, causal, self.total)
+            if done is not None:
+                return out
+        first = max(0, self.total - k.shape[2])  # above 0 in a sliding window
+        edit = self.edit._replace(codes=codes, heads=heads, first=first)
+        rows = self.rows(causal)
+        fits = edit_rows(q, k, v, out, edit, rows, mask, scale, causal, self.shared)
+        return out if fits else None
 
 
-def _before_images(image: Tensor, columns: Tensor, queries: int) -> int:
-    """Return how many of a forward's queries, by number, come before all images of the batch.
+def _found_rows(call: AttentionCall, tokens: Tokens, role: str) -> tuple[NDArray[np.int32], int]:
+    """Return the queries of a role in some row, and how many come before all images.
+
+    By numpy, which takes less time to begin: a model waits for this.
+
+    Returns:
+        [1 + B, R]: numbers of the queries, and not 0 where a row has them.
+    """
+    batch, _, n, _ = call.q.shape
+    there = np.ones((batch, n), dtype=np.bool_)
+    if role != "all":
+        there = tokens.queries_here(role).cpu().numpy()
+    columns = (there[0] if batch == 1 else there.any(axis=0)).nonzero()[0]
+    both = np.ones((1 + batch, len(columns)), dtype=np.int32)
+    both[0] = columns
+    if batch > 1:
+        both[1:] = there[:, columns]
+    return both, _before_images(tokens.slots_here("image").cpu(), columns, n)
+
+
+def _before_images(image: Tensor, columns: NDArray[Any], queries: int) -> int:
+    """Count the queries that come before all images of the batch.
 
     Args:
         image: bool [B, T], the image tokens among all tokens so far.
         columns: [R], numbers of queries in order.
         queries: number of the forward's tokens, the last of T.
     """
-    there = image[0] if image.shape[0] == 1 else image.any(dim=0)
-    first = int(there.view(torch.uint8).argmax())
-    if not first and not there[0]:  # no image
+    there = image.numpy()
+    there = there[0] if len(there) == 1 else there.any(axis=0)
+    first = int(there.argmax())
+    if not there[first]:  # no image
         return len(columns)
-    return int(torch.searchsorted(columns, first - (image.shape[1] - queries)))
+    return int(np.searchsorted(columns, first - (image.shape[1] - queries)))
 
 
 @dataclass(eq=False)
@@ -197,7 +245,10 @@ class RowMemory:
     """What the layers of a forward share about the rows of an edit."""
 
     _heads: dict[int, Tensor] = field(default_factory=dict)
-    _rows: tuple[Tokens, Rows, Rows] | None = None
+    _rows: dict[int, Rows] = field(default_factory=dict)  # by those left out
+    _found: tuple[Tokens, NDArray[np.int32], int] | None = None
+    shared: Shared = field(default_factory=Shared)
+    """Of written tokens."""
 
     def heads(self, site: int, chosen: Tensor, device: torch.device) -> Tensor:
         """Return a site's chosen heads, bool [H], as uint8 beside the queries."""
@@ -211,26 +262,22 @@ class RowMemory:
             return None
         return self.heads(call.site.index, call.heads, call.q.device)
 
-    def rows(self, call: AttentionCall, tokens: Tokens, role: str) -> Rows:
-        """Return the queries of a role, or "all"; an edit has one role."""
-        return self._found_rows(call, tokens, role)[1]
+    def rows(self, call: AttentionCall, tokens: Tokens, role: str, late: bool = False) -> Rows:
+        """Return the queries of a role, or "all"; an edit has one role.
 
-    def late_rows(self, call: AttentionCall, tokens: Tokens, role: str) -> Rows:
-        """Return the same without those in front of all image tokens of the batch."""
-        return self._found_rows(call, tokens, role)[2]
-
-    def _found_rows(
-        self, call: AttentionCall, tokens: Tokens, role: str
-    ) -> tuple[Tokens, Rows, Rows]:
-        if self._rows is None or self._rows[0] is not tokens:
-            batch, _, n, _ = call.q.shape
-            if role == "all":
-                columns, flags = torch.arange(n), torch.ones((batch, n), dtype=torch.bool)
-            else:
-                columns, flags = tokens.rows(role)
-            early = _before_images(tokens.slots_here("image"), columns, n)
-            both = torch.cat([columns[None], flags]).int()  # go there at once
-            both = both.to(call.q.device, non_blocking=True)
-            late = both[:, early:] if batch == 1 else both[:, early:].contiguous()
-            self._rows = tokens, Rows(both[0], both[1:]), Rows(late[0], late[1:])
-        return self._rows
+        Args:
+            call: the call.
+            tokens: roles of its tokens.
+            role: the role.
+            late: without those in front of all image tokens of the batch.
+        """
+        if self._found is None or self._found[0] is not tokens:
+            self._found = tokens, *_found_rows(call, tokens, role)
+            self._rows.clear()
+        _, both, early = self._found
+        early = early if late else 0
+        if early not in self._rows:
+            mine = torch.from_numpy(both[:, early:])
+            mine = mine.to(call.q.device, non_blocking=True).contiguous()
+            self._rows[early] = Rows(mine[0], mine[1:])
+        return self._rows[early]

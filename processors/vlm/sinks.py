@@ -13,6 +13,7 @@ References:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,7 +28,7 @@ from attnctl.records import AttentionCall, Residual, Tokens
 
 from .rows import RowMemory
 
-__all__ = ["SinkMemory", "phi", "rms_normed"]
+__all__ = ["PromptCodes", "SinkMemory", "phi", "rms_normed"]
 
 
 def rms_normed(x: Tensor) -> Tensor:
@@ -69,7 +70,13 @@ def dims_tensor(dims: Sequence[int], x: Tensor) -> Tensor:
             f"sink dimension {max(dims)} is outside this model's {x.shape[-1]}: the dimensions "
             "are those of another checkpoint; attnctl.calibrate_sink_dims finds them"
         )
-    return torch.tensor(tuple(dims)).to(x.device, non_blocking=True)
+    return _dims_on(tuple(map(int, dims)), x.device)
+
+
+@functools.cache
+def _dims_on(dims: tuple[int, ...], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # for those who want gradients, too
+        return torch.tensor(dims, device=device)
 
 
 @dataclass(eq=False)
@@ -92,7 +99,6 @@ class SinkMemory(RowMemory):
     tau: float = 20.0
     protect: tuple[int, ...] = ()
     sites: int = 1
-    _index: Tensor | None = None
     _writer: tuple[Tokens, Any] | None = None
     _codes: dict[int, Tensor] = field(default_factory=dict)
     _groups: dict[int, Tensor] = field(default_factory=dict)
@@ -175,9 +181,17 @@ class SinkMemory(RowMemory):
             old = fit_rows(old, codes.shape[0])[:, : residual.past]
             gap = residual.past - old.shape[1]  # tokens written between two parts of a prompt
             codes = torch.cat([torch.nn.functional.pad(old, (0, gap)), codes], dim=1)
-        self._codes[site] = codes
+        self.keep(site, self._seen[site], codes)
+
+    def keep(self, site: int, at: tuple[int, int], codes: Tensor) -> None:
+        """Note the codes of all tokens so far at a site, found in one forward."""
+        self._seen[site], self._codes[site] = at, codes
         self._groups.pop(site, None)
         self._acts.clear()
+
+    def writer(self, tokens: Tokens) -> Any:
+        """Return the kernel's call that finds these tokens' codes; None without one."""
+        return self._writer[1] if self._writer is not None and self._writer[0] is tokens else None
 
     def _found_codes(self, residual: Residual, tokens: Tokens) -> Tensor:
         """Return the codes [B, N] of the tokens of this forward."""
@@ -205,16 +219,16 @@ class SinkMemory(RowMemory):
 
     def _labels(self, tokens: Tokens) -> Tensor:
         """Return what the kernel is told of all tokens so far, where masks are made."""
-        image = tokens.slots_here("image")
-        labels = image.to(torch.uint8).masked_fill_(tokens.slots_here("pad"), 2)
+        labels = tokens.labels
+        if labels is None:
+            image = tokens.slots_here("image")
+            labels = image.to(torch.uint8).masked_fill_(tokens.slots_here("pad"), 2)
         if self.protect:
-            labels.masked_fill_(self._protected(image), 3)
+            labels = labels.masked_fill(self._protected(labels == 1), 3)
         return labels
 
     def _dims(self, x: Tensor) -> Tensor:
-        if self._index is None or self._index.device != x.device:
-            self._index = dims_tensor(self.dims, x)
-        return self._index
+        return dims_tensor(self.dims, x)
 
     def found(self, residual: Residual, tokens: Tokens) -> Tensor:
         """Return which tokens of this forward are sinks, bool [B, N]."""
@@ -233,3 +247,36 @@ class SinkMemory(RowMemory):
         number = image.cumsum(1) - 1
         chosen = torch.tensor(self.protect, device=image.device)
         return image & torch.isin(number, chosen)
+
+
+class PromptCodes:
+    """Codes of a prompt's tokens at one site after another of a forward (`SinkMemory.codes_at`).
+
+    Args:
+        memory: where they are kept.
+        call: the forward's first call.
+        residual: what its layer reads.
+        tokens: roles of its tokens.
+    """
+
+    def __init__(
+        self, memory: SinkMemory, call: AttentionCall, residual: Residual, tokens: Tokens
+    ) -> None:
+        self.memory, self.tokens, self.rows = memory, tokens, call.q.shape[0]
+        self.step, self.past, self.prompt = call.step.index, residual.past, residual.prompt
+        self.at = self.step, self.past
+        self.writer: Any = None
+        self.whole = not self.past and residual.hidden.shape[0] == self.rows
+
+    def __call__(self, site: int, hidden: Tensor | None) -> Tensor:
+        """Return the codes [B, P] at a site whose layer reads `hidden` [B, N, width]."""
+        memory, writer = self.memory, self.writer
+        if writer is not None and hidden is not None and memory._seen.get(site) != self.at:
+            codes: Tensor | None = writer.next(hidden)
+            if codes is not None:
+                memory.keep(site, self.at, codes)
+                return codes
+        residual = None if hidden is None else Residual(hidden, self.past, self.prompt)
+        codes = memory.codes_at(site, residual, self.tokens, self.step, self.rows)
+        self.writer = memory.writer(self.tokens) if self.whole else None
+        return codes

@@ -45,12 +45,12 @@ from attnctl.kernels.group_attention import (
     redistribution,
     regrouped_attention,
 )
-from attnctl.records import STOCK, AttentionCall, Reading, Residual, Tokens, WrittenRow
+from attnctl.records import STOCK, AttentionCall, Reading, Tokens, WrittenRow
 from attnctl.selectors import Selection
 from attnctl.sites import Sites
 
 from .rows import EditedPrompt, EditedRow, edited, kernel_fits, recomputed_rows, tokens_of
-from .sinks import SinkMemory
+from .sinks import PromptCodes, SinkMemory
 
 __all__ = ["VAR", "reads_image", "redistribution"]
 
@@ -192,7 +192,7 @@ class VAR(Control):
         if not kernel_fits(call, tokens):
             return None
         codes = call.state.codes(call, tokens)
-        return EditedRow(self._edit(codes, call.state.heads_of(call)))
+        return EditedRow(self._edit(codes, call.state.heads_of(call)), call.state.shared)
 
     def row_edit(self, site: int, state: Any, tokens: Tokens, rows: int) -> Edit | None:
         """Return the edit of one row; without an image sink it is none."""
@@ -202,19 +202,15 @@ class VAR(Control):
     def reading(self, call: AttentionCall) -> Reading | None:
         """Return the edit of a prompt's rows, where the kernel can run."""
         tokens, state = tokens_of(call, self.name), call.state
-        if call.q.shape[2] == 1 or not kernel_fits(call, tokens):
+        if call.q.shape[2] == 1 or call.residual is None or not kernel_fits(call, tokens):
             return None
-        batch, step = call.q.shape[0], call.step.index
-
-        def edit(site: int, residual: Residual | None, heads: Tensor | None) -> Edit:
-            return self._edit(state.codes_at(site, residual, tokens, step, batch), heads)
-
         return EditedPrompt(
-            state.rows(call, tokens, "text"),
-            state.late_rows(call, tokens, "text"),
+            lambda late: state.rows(call, tokens, "text", late),
+            call.q.device,
             tokens.slots_here("image").shape[1],
-            edit,
+            self._edit(torch.empty((1, 0), dtype=torch.uint8), None),
             state,
+            PromptCodes(state, call, call.residual, tokens),
         )
 
     def _edit(self, codes: Tensor, heads: Tensor | None) -> Edit:
