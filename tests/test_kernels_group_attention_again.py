@@ -338,6 +338,12 @@ def test_the_stream_of_the_current_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert now() == 11
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     assert now() is None
+    there = made("run")
+    there.device = one
+    assert there.again((torch.zeros(16),), 1) is None
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    found = there.again((torch.zeros(16),), 1)
+    assert found is not None and found.stream == 11
 
 
 @inside
@@ -351,20 +357,25 @@ def test_what_is_told_to_the_layers_after(starts: Counter[Any]) -> None:
     flags = torch.tensor([[1, 1, 0], [1, 0, 1]], dtype=torch.int32)
     rows, shared = Rows(torch.tensor([3, 9, 23], dtype=torch.int32), flags), Shared(24)
     with torch.no_grad():
-        outs = [torch.zeros(2, 24, 4, 16) for _ in range(2)]
+        outs = [torch.zeros(2, 24, 4, 16) for _ in range(3)]
         assert edit_rows(q, k, v, outs[0], edit, rows, None, None, True, shared)
+        assert edit_rows(q, k, v, outs[2], edit, rows, None, None, True)
+        assert torch.equal(outs[0], outs[2]) and starts["rows", True] == 1
         mine = shared.again(q, k, v, outs[1], codes, heads, None, None, True, 24)
-        assert mine is outs[1] and torch.equal(*outs) and outs[0].any()
+        assert mine is outs[1] and torch.equal(*outs[:2]) and outs[0].any()
         single, shared = q[:, :, 5:6], Shared(24)
         first = edited_row(single, k, v, edit, None, None, shared=shared)
         second = shared.again(single, k, v, None, codes, heads, None, None, False, 24)
-        assert first is not None and torch.equal(first, second)
+        alone = edited_row(single, k, v, edit, None, None)
+        assert first is not None and torch.equal(first, second) and torch.equal(first, alone)
         x = torch.randn(2, 24, 32, generator=draw)
         labels = torch.ones(2, 24, dtype=torch.uint8)
         call = codes_call(x, torch.tensor([1, 4]), labels, 1.2, 24, 3)
         assert call.next(x) is None
         want = call(x)
-        assert torch.equal(call.next(x), want) and want.unique().tolist() == [2, 3]
+        plain = call.room.pop()
+        call.launch((x, *call.given, plain), *call.numbers)
+        assert torch.equal(plain, want) and want.unique().tolist() == [2, 3]
         assert torch.equal(call.next(x + 0), want)
         assert call.next(x) is None, "no room is left"
         call(x)

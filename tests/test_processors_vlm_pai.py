@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,10 @@ import torch
 from torch import Tensor
 
 import attnctl
-from attnctl.kernels.group_attention import Edit, Rows
+from attnctl.kernels.group_attention import Edit
 from attnctl.processors.vlm.pai import add_bias, raised_logits
 from attnctl.processors.vlm.rows import EditedPrompt, RowMemory, _before_images
+from attnctl.records import Tokens
 from attnctl.testing import oracles
 from attnctl.testing.calls import Record
 from attnctl.testing.vlms import VLMS, generate
@@ -190,8 +192,9 @@ def test_layers() -> None:
 def test_a_layer_on_another_device_is_asked_in_the_usual_way() -> None:
     """The rows of a prompt are kept on the device of the first layer."""
     q = torch.zeros(1, 2, 5, 8)
-    rows = Rows(torch.zeros(1, dtype=torch.int32), torch.ones(1, 1, dtype=torch.int32))
     call = 0, q, q, q, None, None, True, None, None, q.transpose(1, 2).contiguous()
+    there = torch.ones(1, 5, dtype=torch.bool)
+    tokens = Tokens(lambda _: there, lambda _: there)
     asked: list[int] = []
 
     def codes(site: int, hidden: Any) -> torch.Tensor:
@@ -199,10 +202,20 @@ def test_a_layer_on_another_device_is_asked_in_the_usual_way() -> None:
         return edit.codes
 
     edit = Edit(torch.zeros(1, 5, dtype=torch.uint8), 0.2)
-    for device, want in (("meta", []), ("cpu", [0])):
-        made = EditedPrompt(lambda _: rows, torch.device(device), 5, edit, RowMemory(), codes)
+    for first, want in ((q.to("meta"), []), (q, [0])):
+        made = EditedPrompt("text", first, tokens, edit, RowMemory(), codes)
         assert made(*call) is None  # no kernel here
         assert asked == want
+
+
+def test_a_prompt_keeps_no_tensors_of_its_first_layer() -> None:
+    """They would be a large part of what a long prompt takes."""
+    q, there = torch.zeros(1, 2, 5, 8), torch.ones(1, 5, dtype=torch.bool)
+    tokens = Tokens(lambda _: there, lambda _: there)
+    made = EditedPrompt("text", q, tokens, Edit(there.view(torch.uint8), 0.2), RowMemory())
+    kept, _ = weakref.ref(q), made(0, q, q, q, None, None, True, None, None, q)
+    del q, _
+    assert kept() is None and made.q.shape == (1, 2, 5, 8)
 
 
 @pytest.mark.parametrize(
@@ -211,7 +224,7 @@ def test_a_layer_on_another_device_is_asked_in_the_usual_way() -> None:
 )
 def test_queries_in_front_of_all_images(image: tuple[int, ...], tokens: int, early: int) -> None:
     """Of a batch, and of the last part of a prompt."""
-    columns, there = np.array([0, 1, 5, 6]), torch.zeros(2, 9, dtype=torch.bool)
+    columns, there = np.array([0, 1, 5, 6]), np.zeros((2, 9), dtype=np.bool_)
     for row, slot in enumerate(image):
         there[row, slot] = True
     assert _before_images(there, columns, tokens) == early

@@ -511,11 +511,11 @@ def _sequence(cache: Any, past: int, n: int) -> Sequence:
 def _read(sequence: Sequence, inputs: dict[str, Any], rows: int, n: int, past: int) -> None:
     """Label the tokens of a prompt, or of more of it."""
     generation = LOCAL.generation
-    ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
-    flat = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
-    own = _Given(ids, flat, {}, None if LOCAL.model is None else LOCAL.model.model)
-    if LOCAL.model is not None and LOCAL.model.ids is not None:
-        own = LOCAL.model
+    own = LOCAL.model
+    if own is None or own.ids is None:
+        ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+        flat = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        own = _Given(ids, flat, {}, None if own is None else own.model)
     whole = generation is not None and generation.ids is not None
     if whole and sequence.labels is not None and past >= generation.ids.shape[1]:  # type: ignore[union-attr]
         return  # several tokens of the answer at once

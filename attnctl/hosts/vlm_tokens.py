@@ -30,7 +30,10 @@ _TEXT, _IMAGE, _PAD = 0, 1, 2  # as in `Tokens`
 def image_ids(config: Any) -> tuple[int, ...]:
     """Return the token ids that stand for image or video features, from a model's config."""
     names = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
-    found = (getattr(config, name, None) for name in names)
+    known = vars(config)  # to ask for what a config lacks takes it long
+    found = [known.get(name) for name in names]
+    if found.count(None) == len(names):
+        found = [getattr(config, name, None) for name in names]
     return tuple(dict.fromkeys(int(one) for one in found if one is not None))
 
 
@@ -42,21 +45,21 @@ def marks_of(config: Any) -> tuple[int, ...]:
 
 
 def label(ids: Tensor, mask: Tensor | None, images: tuple[int, ...]) -> Tensor:
-    """Return labels [B, N] of a prompt, where its ids are.
+    """Return labels [B, N] of a prompt; by numpy, which begins in less time than torch.
 
     Args:
-        ids: [B, N] token ids.
+        ids: [B, N] token ids, on the CPU.
         mask: [B, N], 0 at padding; None for none.
         images: ids of image tokens.
     """
-    if not images:
-        labels = torch.zeros_like(ids, dtype=torch.uint8)
-    else:
-        found = ids == images[0]
-        for one in images[1:]:
-            found |= ids == one
-        labels = found.view(torch.uint8)  # _IMAGE is 1, _TEXT 0
-    return labels if mask is None else labels.masked_fill_(mask == 0, _PAD)
+    here = ids.numpy()
+    found = np.zeros(here.shape, dtype=np.bool_)
+    for one in images:
+        found |= here == one
+    labels = found.view(np.uint8)  # _IMAGE is 1, _TEXT 0
+    if mask is not None:
+        labels[mask.numpy() == 0] = _PAD
+    return torch.from_numpy(labels)
 
 
 class Fillings(dict[Any, Any]):

@@ -88,11 +88,12 @@ def edited_row(
     call = _call(q, k, v, edit, None, mask, scale, False)
     if call is None:
         return None
+    done = _first(call, q, k, v, None, edit, None, mask, scale, False, shared)
+    if done is not None:
+        return done
     batch, heads, _, width = q.shape
     out = q.new_empty((batch, 1, heads, width))
     call(q, k, v, out, edit, None, mask, counts)
-    if shared is not None:
-        shared.again = call.again(q, k, v, edit, None, mask, scale, False, shared.total)
     return out
 
 
@@ -132,10 +133,25 @@ def edit_rows(
     call = _call(q, k, v, edit, rows, mask, scale, causal)
     if call is None:
         return False
-    call(q, k, v, out, edit, rows, mask)
-    if shared is not None:
-        shared.again = call.again(q, k, v, edit, rows, mask, scale, causal, shared.total)
+    if _first(call, q, k, v, out, edit, rows, mask, scale, causal, shared) is None:
+        call(q, k, v, out, edit, rows, mask)
     return True
+
+
+def _first(
+    call: Any, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, edit: Edit,
+    rows: Rows | None, mask: Tensor | None, scale: float | None, causal: bool,
+    shared: Shared | None,
+) -> Tensor | None:  # fmt: skip
+    """Edit the first layer as those after it will be; None where Triton must be asked."""
+    if shared is None:
+        return None
+    total = shared.total
+    shared.again = again = call.again(q, k, v, edit, rows, mask, scale, causal, total)
+    if again is None:
+        return None
+    done: Tensor | None = again(q, k, v, out, edit.codes, edit.heads, mask, scale, causal, total)
+    return done
 
 
 def _call(

@@ -118,9 +118,13 @@ class Launch:
             *numbers: its numbers that change, which do not here.
 
         Returns:
-            None where Triton or a profiler must be asked at each start.
+            None where Triton or a profiler must be asked at each start, or another GPU is the
+            current one.
         """
-        return None if self.run is None or _watched() else Again(self, fixed, numbers)
+        if self.run is None or _watched():
+            return None
+        made = Again(self, fixed, numbers)
+        return None if made.stream is None else made
 
     def __call__(self, tensors: tuple[Tensor, ...], *numbers: float) -> None:
         """Start the kernel.

@@ -101,10 +101,13 @@ class CodesCall:
         if not self.room:
             shape = (self.layers, *hidden.shape[:2])
             self.room += torch.empty(shape, dtype=torch.uint8, device=hidden.device).unbind()
-        out = self.room.pop()
-        self.launch((hidden, *self.given, out), *self.numbers)
-        self.again = self.launch.again(self.given, *self.numbers)
-        return out
+        if self.again is None:
+            self.again = self.launch.again(self.given, *self.numbers)
+        done = self.next(hidden)
+        if done is None:
+            done = self.room.pop()
+            self.launch((hidden, *self.given, done), *self.numbers)
+        return done
 
     def next(self, hidden: Tensor) -> Tensor | None:
         """Return the same with less to look at, as a layer after another can have it.

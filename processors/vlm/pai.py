@@ -169,7 +169,7 @@ class PAI(Control):
             state: RaisedKeys = call.state
             codes = state.codes(tokens, self.raised)
             edit = Edit(codes, self.alpha, heads=state.heads_of(call))
-            return edited(call, edit, lambda: state.rows(call, tokens, self.rows))
+            return edited(call, edit, lambda: state.rows(tokens, self.rows, call.q))
         if call.q.shape[2] == 1:  # a written token
             return self._raise(call, tokens)
         return recomputed_rows(
@@ -199,13 +199,7 @@ class PAI(Control):
         if not kernel_fits(call, tokens):
             return None
         edit = Edit(tokens.slots("image").view(torch.uint8), self.alpha)
-        return EditedPrompt(
-            lambda late: state.rows(call, tokens, self.rows, late),
-            call.q.device,
-            edit.codes.shape[1],
-            edit,
-            state,
-        )
+        return EditedPrompt(self.rows, call.q, tokens, edit, state)
 
     def _raise(self, call: AttentionCall, tokens: Tokens) -> Tensor:
         bias = raised_logits(call.q, call.k, self._weights(call, tokens))

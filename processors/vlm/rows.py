@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -155,32 +155,46 @@ class EditedRow:
         return edited_row(q, k, v, edit, mask, scale, shared=self.shared)
 
 
+class Queries(NamedTuple):
+    """Shape and place of a call's queries, for those who would otherwise keep them.
+
+    Args:
+        shape: B, H, Nq, D.
+        device: where they are.
+    """
+
+    shape: torch.Size
+    device: torch.device
+
+
 class EditedPrompt:
     """What is done to a prompt at every site: rows of the stock output edited (`Control.reading`).
 
     Args:
-        rows: returns the queries to edit, and if asked only those that see an image token where
-            a call is causal; the others are left as they are.
-        device: of these.
-        total: tokens so far, those of this forward included.
+        role: of the queries to edit, or "all"; where a call is causal, those that see no image
+            token are left as they are.
+        q: [B, H, Nq, D], the queries of the first call.
+        tokens: roles of its tokens.
         edit: the edit, with the codes of every site if these are the same.
-        memory: where the heads are kept.
+        memory: where rows and heads are kept.
         codes: returns the codes of a site from its number and what its layer reads; None for
             those of the edit.
     """
 
     def __init__(
         self,
-        rows: Callable[[bool], Rows],
-        device: torch.device,
-        total: int,
+        role: str,
+        q: Tensor,
+        tokens: Tokens,
         edit: Edit,
         memory: RowMemory,
         codes: Callable[[int, Tensor | None], Tensor] | None = None,
     ) -> None:
-        self.rows, self.device, self.total = rows, device, total
+        self.role, self.tokens, self.q = role, tokens, Queries(q.shape, q.device)
         self.edit, self.memory, self.codes = edit, memory, codes
-        self.shared = Shared(total)
+        labels = tokens.slots_here("image") if tokens.labels is None else tokens.labels
+        self.total = labels.shape[1]
+        self.device, self.shared = q.device, Shared(self.total)
 
     def __call__(
         self, site: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
@@ -199,12 +213,12 @@ class EditedPrompt:
                 return out
         first = max(0, self.total - k.shape[2])  # above 0 in a sliding window
         edit = self.edit._replace(codes=codes, heads=heads, first=first)
-        rows = self.rows(causal)
+        rows = self.memory.rows(self.tokens, self.role, self.q, causal)
         fits = edit_rows(q, k, v, out, edit, rows, mask, scale, causal, self.shared)
         return out if fits else None
 
 
-def _found_rows(call: AttentionCall, tokens: Tokens, role: str) -> tuple[NDArray[np.int32], int]:
+def _found_rows(batch: int, n: int, tokens: Tokens, role: str) -> tuple[NDArray[np.int32], int]:
     """Return the queries of a role in some row, and how many come before all images.
 
     By numpy, which takes less time to begin: a model waits for this.
@@ -212,19 +226,23 @@ def _found_rows(call: AttentionCall, tokens: Tokens, role: str) -> tuple[NDArray
     Returns:
         [1 + B, R]: numbers of the queries, and not 0 where a row has them.
     """
-    batch, _, n, _ = call.q.shape
-    there = np.ones((batch, n), dtype=np.bool_)
-    if role != "all":
+    labels = None if tokens.labels is None else tokens.labels.numpy()
+    if role == "all":
+        there = np.ones((batch, n), dtype=np.bool_)
+    elif role == "text" and labels is not None:
+        there = labels[:, -n:] == 0
+    else:
         there = tokens.queries_here(role).cpu().numpy()
     columns = (there[0] if batch == 1 else there.any(axis=0)).nonzero()[0]
     both = np.ones((1 + batch, len(columns)), dtype=np.int32)
     both[0] = columns
     if batch > 1:
         both[1:] = there[:, columns]
-    return both, _before_images(tokens.slots_here("image").cpu(), columns, n)
+    image = tokens.slots_here("image").cpu().numpy() if labels is None else labels == 1
+    return both, _before_images(image, columns, n)
 
 
-def _before_images(image: Tensor, columns: NDArray[Any], queries: int) -> int:
+def _before_images(image: NDArray[np.bool_], columns: NDArray[Any], queries: int) -> int:
     """Count the queries that come before all images of the batch.
 
     Args:
@@ -232,8 +250,7 @@ def _before_images(image: Tensor, columns: NDArray[Any], queries: int) -> int:
         columns: [R], numbers of queries in order.
         queries: number of the forward's tokens, the last of T.
     """
-    there = image.numpy()
-    there = there[0] if len(there) == 1 else there.any(axis=0)
+    there = image[0] if len(image) == 1 else image.any(axis=0)
     first = int(there.argmax())
     if not there[first]:  # no image
         return len(columns)
@@ -262,22 +279,22 @@ class RowMemory:
             return None
         return self.heads(call.site.index, call.heads, call.q.device)
 
-    def rows(self, call: AttentionCall, tokens: Tokens, role: str, late: bool = False) -> Rows:
+    def rows(self, tokens: Tokens, role: str, q: Tensor | Queries, late: bool = False) -> Rows:
         """Return the queries of a role, or "all"; an edit has one role.
 
         Args:
-            call: the call.
-            tokens: roles of its tokens.
+            tokens: roles of a call's tokens.
             role: the role.
+            q: [B, H, Nq, D], the call's queries.
             late: without those in front of all image tokens of the batch.
         """
         if self._found is None or self._found[0] is not tokens:
-            self._found = tokens, *_found_rows(call, tokens, role)
+            self._found = tokens, *_found_rows(q.shape[0], q.shape[2], tokens, role)
             self._rows.clear()
         _, both, early = self._found
         early = early if late else 0
         if early not in self._rows:
-            mine = torch.from_numpy(both[:, early:])
-            mine = mine.to(call.q.device, non_blocking=True).contiguous()
+            mine = torch.from_numpy(np.ascontiguousarray(both[:, early:]))
+            mine = mine.to(q.device, non_blocking=True)
             self._rows[early] = Rows(mine[0], mine[1:])
         return self._rows[early]

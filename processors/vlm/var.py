@@ -54,6 +54,8 @@ from .sinks import PromptCodes, SinkMemory
 
 __all__ = ["VAR", "reads_image", "redistribution"]
 
+_NO_CODES = torch.empty((1, 0), dtype=torch.uint8)
+
 
 @register
 @dataclass(frozen=True)
@@ -176,7 +178,7 @@ class VAR(Control):
             return call.proceed()
         if kernel_fits(call, tokens):
             edit = self._edit(codes, state.heads_of(call))._replace(first=tokens.first)
-            return edited(call, edit, lambda: state.rows(call, tokens, "text"))
+            return edited(call, edit, lambda: state.rows(tokens, "text", call.q))
         groups = state.groups(call, tokens)
         if single:
             return self._redistribute(call, groups, call.proceed())
@@ -204,14 +206,9 @@ class VAR(Control):
         tokens, state = tokens_of(call, self.name), call.state
         if call.q.shape[2] == 1 or call.residual is None or not kernel_fits(call, tokens):
             return None
-        return EditedPrompt(
-            lambda late: state.rows(call, tokens, "text", late),
-            call.q.device,
-            tokens.slots_here("image").shape[1],
-            self._edit(torch.empty((1, 0), dtype=torch.uint8), None),
-            state,
-            PromptCodes(state, call, call.residual, tokens),
-        )
+        edit = self._edit(_NO_CODES, None)  # each site has its own
+        codes = PromptCodes(state, call, call.residual, tokens)
+        return EditedPrompt("text", call.q, tokens, edit, state, codes)
 
     def _edit(self, codes: Tensor, heads: Tensor | None) -> Edit:
         return Edit(codes, self.p_moved, True, self.rho_nonsink, self.image_mass, heads)
