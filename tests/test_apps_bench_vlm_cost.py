@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+import attnctl
 
 pytest.importorskip("transformers")
 from attnctl.apps.bench import vlm_cost
@@ -54,6 +57,43 @@ def test_every_arm_of_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert all(f"| {name} | " in shown for name in arms)
     vlm_cost.main(["--tokens", "1", "--rounds", "1", "--arms", "pai", "--out", str(out)])
     assert list(json.loads(out.read_text())["arms"]) == ["stock", "pai"]
+
+
+def test_a_prompt_that_begins_with_pixels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The tower's image tokens are told apart too: some are sinks, and VAR acts on them."""
+    small = vlm_cost.MODELS["small"]
+    eyes, text = {**small.eyes, "image_size": 140}, {**small.text, **SIZES, "hidden_size": 64}
+    tiny = dataclasses.replace(small, tokens=100, text=text, eyes=eyes)
+    monkeypatch.setitem(vlm_cost.MODELS, "small", tiny)
+    read: list[int] = []
+    times = vlm_cost._times
+
+    def noted(model: Any, *args: Any) -> tuple[float, float]:
+        hook = lambda _, given: read.append(given[0].shape[-1])  # noqa: E731
+        handle = model.model.vision_tower.register_forward_pre_hook(hook)
+        found = times(model, *args)
+        handle.remove()
+        return found
+
+    monkeypatch.setattr(vlm_cost, "_times", noted)
+    out = tmp_path / "vlm.json"
+    vlm_cost.main(
+        ["--tower", "--tokens", "1", "--rounds", "1", "--arms", "var", "--out", str(out)]
+    )
+    data = json.loads(out.read_text())
+    assert read == [140] * 4 and data["tower"]
+    assert "100 image tokens from its vision tower" in table(data)
+    model = vlm_cost.build(tiny, "cpu", torch.float32, tower=True)
+    inputs = vlm_cost.prompt(tiny, 1, "cpu", tower=True)
+    with torch.no_grad():
+        stock = model(**inputs).logits
+        with attnctl.patch(model, *vlm_cost.arms()["var"]):
+            assert (model(**inputs).logits - stock).abs().max() > 1e-4
+    with pytest.raises(SystemExit):
+        vlm_cost.main(["--tower", "--model", "qwen2.5-vl-7b"])
+    assert "take llava-1.5-7b or small" in capsys.readouterr().err
 
 
 def test_ratios_are_those_within_a_round() -> None:

@@ -7,6 +7,8 @@ import dataclasses
 import functools
 import io
 from collections.abc import Callable
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -485,3 +487,97 @@ def test_compiled_after_the_patch_it_runs_eagerly() -> None:
     ):
         compiled(**inputs)
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("answers", [1, 2])
+def test_the_ids_of_a_prompt_are_fetched_before_the_model_begins(
+    answers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the vision tower, a GPU's whole work would be waited for."""
+    from attnctl.hosts import vlm
+
+    model, inputs = VLMS["llava"].build(), VLMS["llava"].inputs((0, 1))
+    order: list[Any] = []
+    here = vlm._Given.here.func
+    noted = lambda self: (order.append(tuple(self.ids.shape)), here(self))[1]  # noqa: E731
+    found = functools.cached_property(noted)
+    found.__set_name__(vlm._Given, "here")
+    monkeypatch.setattr(vlm._Given, "here", found)
+    monkeypatch.setattr(vlm._Given, "fetch", lambda self: self.ids.shape[1] > 1 and self.here)
+    model.model.vision_tower.register_forward_pre_hook(lambda *_: order.append("tower"))
+    options = {"do_sample": True, "num_return_sequences": answers, "max_new_tokens": 3}
+    with attnctl.patch(model, attnctl.PAI(first_layer=0)):
+        model.generate(**inputs, **options)
+        batch, length = inputs["input_ids"].shape
+        assert order.pop(0) == (batch, length)
+        order.remove("tower")  # before the model's call in newer transformers
+        # a prompt that is repeated is another tensor
+        assert order == [(batch * answers, length)] * (answers > 1)
+        order.clear()
+        with torch.no_grad():
+            model(**inputs)
+        assert order == [(batch, length), "tower"]
+
+
+def test_a_copy_of_the_prompt_that_says_something_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a model that shortens it: the call's own ids count."""
+    model, inputs = VLMS["llava"].build(), VLMS["llava"].inputs((0,))
+    seen: list[Any] = []
+    watch = Watch(see=lambda call: seen.append(call.spans.tokens.slots_here("image")[0]))
+    cls, pad = type(model), 3
+    stock = cls.prepare_inputs_for_generation
+
+    def longer(self: Any, input_ids: Tensor, **kwargs: Any) -> Any:
+        made = stock(self, input_ids, **kwargs)
+        if made["input_ids"].shape[1] > 1:
+            made["input_ids"] = torch.nn.functional.pad(made["input_ids"], (pad, 0), value=1)
+            mask = torch.ones_like(made["input_ids"])
+            made |= {"attention_mask": mask, "position_ids": None}
+            if "cache_position" in made:  # transformers 4
+                made["cache_position"] = torch.arange(mask.shape[1])
+        return made
+
+    monkeypatch.setattr(cls, "prepare_inputs_for_generation", longer)
+    with attnctl.patch(model, watch):
+        generate(model, inputs, 1)
+    image = (inputs["input_ids"] == IMAGE)[0]
+    assert seen and all(
+        torch.equal(slots[pad:], image) and not slots[:pad].any() for slots in seen
+    )
+
+
+@pytest.mark.parametrize(("tokens", "asked"), [(5, True), (1, False)])
+def test_only_the_ids_of_a_prompt_are_fetched(tokens: int, asked: bool) -> None:
+    """A written token would wait for the one before it."""
+    from attnctl.hosts import vlm
+
+    given = vlm._Given(torch.zeros(1, tokens, dtype=torch.long, device="meta"), None, {})
+    with pytest.raises(NotImplementedError) if asked else nullcontext():  # meta has no data
+        given.fetch()
+    vlm._Given(None, None, {}).fetch()
+
+
+def test_ids_and_mask_come_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one copy where they are alike, else one by one; the same numbers in each case."""
+    from attnctl.hosts import vlm
+
+    class Away:
+        """A tensor that seems to be elsewhere."""
+
+        def __init__(self, x: Any) -> None:
+            self.x, self.shape, self.dtype = x, x.shape, x.dtype
+            self.device = place
+
+        def cpu(self) -> Any:
+            copies.append(tuple(self.shape))
+            return self.x
+
+    copies: list[Any] = []
+    place, stack = SimpleNamespace(type="cuda"), torch.stack
+    monkeypatch.setattr(torch, "stack", lambda pair: Away(stack([one.x for one in pair])))
+    ids, mask = torch.arange(6).view(2, 3), torch.tensor([[0, 1, 1], [1, 1, 1]])
+    for seen, want in ((mask, [(2, 2, 3)]), (mask.bool(), [(2, 3), (2, 3)])):
+        copies.clear()
+        there: Any = Away(ids), Away(seen)
+        found = vlm._Given(*there, {}).here
+        assert torch.equal(found[0], ids) and torch.equal(found[1], seen) and copies == want

@@ -3,11 +3,14 @@
     python -m attnctl.apps.bench.vlm_cost --model llava-1.5-7b --out cost.json
 
 Decoders of real shape with random weights read a prompt with as many image tokens as the real
-model has, and write. The vision tower is left out: it costs the same in every arm, so that the
-ratios here are those of the decoder alone. Every round runs all arms, in an order of its own;
-times are medians of the rounds, and so are ratios, each to stock in the same round, with the 95 %
-bootstrap interval of that median. Beside them the ratio of the least times of all rounds: what is
-left when the machine had nothing else to do. The arms:
+model has, and write. The vision tower is left out, so that the ratios here are those of the
+decoder alone: it costs the same in every arm. With --tower it is there, in its real shape, and
+reading begins with a picture's pixels, as it does for a user.
+
+Every round runs all arms, in an order of its own; times are medians of the rounds, and so are
+ratios, each to stock in the same round, with the 95 % bootstrap interval of that median. Beside
+them the ratio of the least times of all rounds: what is left when the machine had nothing else to
+do. The arms:
 
 - stock: the model on sdpa;
 - neutral: patched with controls whose options are off;
@@ -27,7 +30,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -59,12 +62,14 @@ class Shape:
         text: its decoder's configuration.
         image: id of the image token.
         tokens: image tokens of a prompt.
+        eyes: its vision tower's configuration (CLIP); empty where there is no bench with it.
     """
 
     kind: str
     text: dict[str, Any]
     image: int
     tokens: int
+    eyes: dict[str, Any] = field(default_factory=dict)
 
 
 _LLAMA = {"model_type": "llama", "vocab_size": 32064, "max_position_embeddings": 4096}
@@ -85,20 +90,35 @@ _SMALL = {
     "num_attention_heads": 8,
     "num_key_value_heads": 8,
 }
+_CLIP = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+}
+_TINY = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
 MODELS = {
-    "llava-1.5-7b": Shape("Llava", _LLAMA, 32000, 576),
+    "llava-1.5-7b": Shape("Llava", _LLAMA, 32000, 576, _CLIP),
     "llava-next-7b": Shape("LlavaNext", _LLAMA, 32000, 2880),
     "qwen2.5-vl-7b": Shape("Qwen2_5_VL", _QWEN, 151655, 8000),
-    "small": Shape("Llava", {**_LLAMA, **_SMALL}, 32000, 576),
+    "small": Shape(
+        "Llava", {**_LLAMA, **_SMALL}, 32000, 576, {**_TINY, "image_size": 336, "patch_size": 14}
+    ),
 }
 
 
-def build(shape: Shape, device: str, dtype: torch.dtype) -> Any:
-    """Return the model with random weights; its vision tower is a tiny one."""
+def build(shape: Shape, device: str, dtype: torch.dtype, tower: bool = False) -> Any:
+    """Return the model with random weights; without `tower` its vision tower is a tiny one."""
     import transformers
 
-    clip = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
-    eyes = {"model_type": "clip_vision_model", **clip, "num_attention_heads": 2}
+    eyes: dict[str, Any] = {"model_type": "clip_vision_model", **(shape.eyes if tower else _TINY)}
     if shape.kind == "Qwen2_5_VL":
         width = shape.text["hidden_size"]
         eyes = {"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16}
@@ -115,14 +135,14 @@ def build(shape: Shape, device: str, dtype: torch.dtype) -> Any:
         torch.set_default_dtype(before)
     model.set_attn_implementation({"text_config": "sdpa"})
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
-    _tell_apart(model)
+    _tell_apart(model, tower)
     return model.eval()
 
 
-def _tell_apart(model: Any) -> None:
+def _tell_apart(model: Any, tower: bool) -> None:
     """Give the tokens of a prompt different embeddings, and every 50th those of a sink.
 
-    No picture does so here; and alike, all image tokens or none would be sinks, so that VAR
+    No real picture does so here; and alike, all image tokens or none would be sinks, so that VAR
     would have nothing to do. The spikes stay in the residual stream through all layers.
     """
     known: dict[torch.Size, Tensor] = {}
@@ -138,15 +158,21 @@ def _tell_apart(model: Any) -> None:
         return out + known[out.shape]
 
     model.get_input_embeddings().register_forward_hook(spread)
+    if tower:  # what it makes of pixels goes in the place of those
+        model.model.multi_modal_projector.register_forward_hook(spread)
 
 
-def prompt(shape: Shape, batch: int, device: str) -> dict[str, Tensor]:
-    """Return text, image tokens and text again, alike in no two rows."""
+def prompt(shape: Shape, batch: int, device: str, tower: bool = False) -> dict[str, Tensor]:
+    """Return text, image tokens and text again, alike in no two rows; for a tower, pixels too."""
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(10, 30000, (batch, BEFORE + shape.tokens + AFTER), generator=draw)
     ids[:, 0] = 1
     ids[:, BEFORE : BEFORE + shape.tokens] = shape.image
-    return {"input_ids": ids.to(device), "attention_mask": torch.ones_like(ids).to(device)}
+    made = {"input_ids": ids.to(device), "attention_mask": torch.ones_like(ids).to(device)}
+    if tower:
+        size = shape.eyes["image_size"]
+        made["pixel_values"] = torch.randn(batch, 3, size, size, generator=draw).to(device)
+    return made
 
 
 def arms() -> dict[str, tuple[attnctl.Control, ...]]:
@@ -280,13 +306,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="to spend on rounds")
     parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--tower", action="store_true", help="with the vision tower")
     parser.add_argument("--arms", default="", help="such as pai,var; default: all")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     shape = MODELS[given.model]
-    model, inputs = build(shape, device, dtype), prompt(shape, given.batch, device)
+    if given.tower and not shape.eyes:
+        parser.error(f"--tower: there is none of {given.model} here; take llava-1.5-7b or small")
+    model = build(shape, device, dtype, given.tower)
+    inputs = prompt(shape, given.batch, device, given.tower)
     only = tuple(filter(None, given.arms.split(",")))
     measured = measure(
         model, inputs, tokens=given.tokens, rounds=given.rounds, only=only, seconds=given.seconds
@@ -298,6 +328,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "torch": torch.__version__,
         "transformers": version("transformers"),
         "image_tokens": shape.tokens,
+        "tower": given.tower,
         "batch": given.batch,
         "written_tokens": given.tokens,
         "arms": measured,

@@ -55,6 +55,7 @@ class _Given:
     inputs: dict[str, Any]
     model: Any = None
     sequence: Sequence | None = None  # of a generation without a cache
+    copied: Tensor | None = None  # what a generation hands on as its prompt: the same ids
 
     @classmethod
     def to(cls, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Given:
@@ -70,6 +71,15 @@ class _Given:
         ids, mask = self.here
         images = () if self.model is None else image_ids(self.model.config)
         return fit_rows(label(ids, None if mask is None else mask[:, -n:], images), rows)
+
+    def fetch(self) -> None:
+        """Bring the ids of a prompt here before a model begins with it.
+
+        Later this would wait for all that a GPU has been told to do, such as the vision tower,
+        and the decoder's first layers would come too late.
+        """
+        if self.ids is not None and self.ids.shape[1] > 1 and self.ids.device.type != "cpu":
+            self.here  # noqa: B018
 
     @functools.cached_property
     def here(self) -> tuple[Tensor, Tensor | None]:
@@ -133,10 +143,23 @@ class ModelCalls:
             return super().generate(*args, **kwargs)  # type: ignore[misc]
         before = LOCAL.generation
         LOCAL.generation = _Given.to(self, args, kwargs)
+        LOCAL.generation.fetch()  # newer transformers ask the vision tower before the model
         try:
             return super().generate(*args, **kwargs)  # type: ignore[misc]
         finally:
             LOCAL.generation = before
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        """Note what becomes of the prompt's ids: mostly a copy, that nobody need compare."""
+        made = super().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[misc]
+        given = LOCAL.generation
+        ids = None if given is None else given.ids
+        if given is not None and ids is not None:
+            copied = made.get("input_ids")
+            of_it = (args[0] if args else kwargs.get("input_ids")) is ids
+            if of_it and copied is not None and copied.shape == ids.shape:
+                given.copied = copied
+        return made
 
 
 def _model_call(
@@ -147,6 +170,8 @@ def _model_call(
         return stock(*args, **kwargs)
     whole = _whole(model)
     LOCAL.model, LOCAL.heard = _Given.to(whole, args, kwargs), None
+    if not _is_its_prompt(LOCAL.generation, LOCAL.model):
+        LOCAL.model.fetch()
     try:
         out = stock(*args, **kwargs)
     finally:
@@ -519,7 +544,10 @@ def _read(sequence: Sequence, inputs: dict[str, Any], rows: int, n: int, past: i
     whole = generation is not None and generation.ids is not None
     if whole and sequence.labels is not None and past >= generation.ids.shape[1]:  # type: ignore[union-attr]
         return  # several tokens of the answer at once
-    if whole and not _reads_it_all(generation, own, past) and _begins(generation, own, past, n):
+    begins = not past and _is_its_prompt(generation, own)
+    if not begins and whole and not _reads_it_all(generation, own, past):
+        begins = _begins(generation, own, past, n)
+    if begins:
         assert generation is not None and generation.ids is not None
         sequence.prompt = generation.ids.shape[1]
         known = generation.labels(rows, sequence.prompt)
@@ -528,6 +556,11 @@ def _read(sequence: Sequence, inputs: dict[str, Any], rows: int, n: int, past: i
         return
     sequence.read(own.labels(rows, n), past, n)
     sequence.prompt = past + n
+
+
+def _is_its_prompt(generation: _Given | None, own: _Given) -> bool:
+    """Whether a call is given the very copy of its prompt's ids that a generation made."""
+    return generation is not None and own.ids is not None and own.ids is generation.copied
 
 
 def _reads_it_all(generation: Any, own: _Given, past: int) -> bool:
@@ -666,7 +699,8 @@ class Forward:
                 return out
             if stock.flash:
                 call = stock.seen(module, call, kwargs, self.masks)[:4]
-        found = row(*call, kwargs.get("scaling"), self.past + 1)
+        q, k, v, mask = call
+        found = row(q, k, v, mask, kwargs.get("scaling"), self.past + 1)
         return None if found is None else (found, None)
 
     def _read(

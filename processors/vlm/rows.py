@@ -233,13 +233,19 @@ def _found_rows(batch: int, n: int, tokens: Tokens, role: str) -> tuple[NDArray[
         there = labels[:, -n:] == 0
     else:
         there = tokens.queries_here(role).cpu().numpy()
-    columns = (there[0] if batch == 1 else there.any(axis=0)).nonzero()[0]
+    columns = _of_some_row(there).nonzero()[0]
     both = np.ones((1 + batch, len(columns)), dtype=np.int32)
     both[0] = columns
     if batch > 1:
         both[1:] = there[:, columns]
     image = tokens.slots_here("image").cpu().numpy() if labels is None else labels == 1
     return both, _before_images(image, columns, n)
+
+
+def _of_some_row(there: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Return which columns of [B, N] are set in some row, [N]."""
+    first: NDArray[np.bool_] = there[0]
+    return first if len(there) == 1 else np.logical_or.reduce(there, axis=0)
 
 
 def _before_images(image: NDArray[np.bool_], columns: NDArray[Any], queries: int) -> int:
@@ -250,7 +256,7 @@ def _before_images(image: NDArray[np.bool_], columns: NDArray[Any], queries: int
         columns: [R], numbers of queries in order.
         queries: number of the forward's tokens, the last of T.
     """
-    there = image[0] if len(image) == 1 else image.any(axis=0)
+    there = _of_some_row(image)
     first = int(there.argmax())
     if not there[first]:  # no image
         return len(columns)
