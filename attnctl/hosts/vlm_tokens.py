@@ -106,13 +106,13 @@ class Sequence:
             self.labels = torch.cat([old, labels], dim=1)
         else:
             self.labels = labels
-        self.padded_right = labels is not None and _PAD in labels[:, -1].tolist()
+        self.padded_right = labels is not None and bool((labels.numpy()[:, -1] == _PAD).any())
 
 
 def _wide(labels: Tensor, n: int) -> Tensor:
     """Cut labels to n tokens, or add text."""
     if labels.shape[1] >= n:
-        return labels[:, :n]
+        return labels if labels.shape[1] == n else labels[:, :n]
     return torch.nn.functional.pad(labels, (0, n - labels.shape[1]), value=_TEXT)
 
 
