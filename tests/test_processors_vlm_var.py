@@ -420,3 +420,32 @@ def test_presets_are_of_one_structure_each() -> None:
     assert text == attnctl.VAR(sink_dims=(2533, 1415), tau=18.0)
     with pytest.raises(attnctl.OptionError, match="numbers joined by -"):
         attnctl.control("var", sink_dims="a-b")
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2.5-vl", "idefics3"])
+@pytest.mark.parametrize("most", [5, 8])
+def test_a_prompt_that_generate_reads_in_parts(family: str, most: int) -> None:
+    """Also below PAI, which asks for the row of the answer alone while the prompt is read."""
+    model, inputs = VLMS[family].build(), VLMS[family].inputs((0,))
+    stack = attnctl.PAI(alpha=0.7, first_layer=0), attnctl.VAR(**SMALL)
+
+    def logits(**options: Any) -> Tensor:
+        made = model.generate(
+            **inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False, output_logits=True,
+            return_dict_in_generate=True, **options,
+        )  # fmt: skip
+        return torch.stack(made.logits)
+
+    stock = logits()
+    try:
+        apart = (logits(prefill_chunk_size=most) - stock).abs().max()
+    except (RuntimeError, ValueError):
+        apart = torch.tensor(math.inf)
+    if apart > 1e-4:
+        pytest.skip("this transformers reads no parts of a prompt with images, or wrong ones")
+    for controls in (stack[1:], stack):
+        with attnctl.patch(model, *controls):
+            whole = logits()
+            found = logits(prefill_chunk_size=most)
+        torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-4)
+        assert (whole - stock).abs().max() > 1e-3

@@ -167,10 +167,12 @@ class SinkMemory(RowMemory):
         from the device together.
         """
         if site not in self._acts:
-            all_codes = list(self._codes.values())
-            known = torch.stack([codes.to(all_codes[0].device) for codes in all_codes])
-            acts = (known == 2).flatten(1).any(1).tolist()
-            self._acts = dict(zip(self._codes, acts, strict=True))
+            known = self._codes
+            if len({codes.shape for codes in known.values()}) > 1:
+                known = {site: known[site]}  # later layers have yet to read this part of a prompt
+            codes = torch.stack([each.to(known[site].device) for each in known.values()])
+            acts = (codes == 2).flatten(1).any(1).tolist()
+            self._acts.update(zip(known, acts, strict=True))
         return self._acts[site]
 
     def _read(self, site: int, residual: Residual, tokens: Tokens) -> None:
