@@ -426,6 +426,9 @@ def test_presets_are_of_one_structure_each() -> None:
 @pytest.mark.parametrize("most", [5, 8])
 def test_a_prompt_that_generate_reads_in_parts(family: str, most: int) -> None:
     """Also below PAI, which asks for the row of the answer alone while the prompt is read."""
+    transformers = pytest.importorskip("transformers")
+    if transformers.__version__ < "5":
+        pytest.skip("transformers 4 goes past the model's call there")
     model, inputs = VLMS[family].build(), VLMS[family].inputs((0,))
     stack = attnctl.PAI(alpha=0.7, first_layer=0), attnctl.VAR(**SMALL)
 

@@ -111,7 +111,7 @@ def speak(
 
     Raises:
         HostError: if the output has no logits, the call no token ids, a prompt is padded on
-            the right, or several tokens of the answer are read at once.
+            the right or read in parts, or several tokens of the answer are read at once.
     """
     logits = getattr(out, "logits", None)
     if not isinstance(logits, Tensor):
@@ -235,7 +235,13 @@ def _flat(mask: Any, heard: Heard, ids: Tensor, prompt: Prompt | None) -> Tensor
 def _check_one_by_one(heard: Heard, prompt: Prompt | None) -> None:
     if prompt is None or heard.cache is None:
         return
-    if heard.past + heard.n > prompt.ids.shape[1] and heard.n > 1:
+    read, length = heard.past + heard.n, prompt.ids.shape[1]
+    if read < length:
+        raise HostError(
+            f"a control that makes a second pass needs the prompt at once, and this call ends at "
+            f"token {read} of its {length}: generate without prefill_chunk_size"
+        )
+    if read > length and heard.n > 1:
         raise HostError(
             "several tokens of an answer are read at once (assisted decoding, prompt look-up), "
             "where a control changes the logits of one: generate without an assistant"
