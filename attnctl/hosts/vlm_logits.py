@@ -111,7 +111,7 @@ def speak(
 
     Raises:
         HostError: if the output has no logits, the call no token ids, a prompt is padded on
-            the right or read in parts, or several tokens of the answer are read at once.
+            the right, its images are read in parts, or several tokens of the answer at once.
     """
     logits = getattr(out, "logits", None)
     if not isinstance(logits, Tensor):
@@ -119,7 +119,7 @@ def speak(
             f"a call of this {original_class(model).__name__} returned no logits where a control "
             "is to change them: call it with return_dict=True"
         )
-    _check_one_by_one(heard, prompt)
+    _check_one_by_one(model, heard, prompt)
     if heard.cache is not None:
         _follow_beams(heard.cache)
     last = logits[:, -1].to(torch.promote_types(logits.dtype, torch.float32))
@@ -232,14 +232,16 @@ def _flat(mask: Any, heard: Heard, ids: Tensor, prompt: Prompt | None) -> Tensor
     return flat
 
 
-def _check_one_by_one(heard: Heard, prompt: Prompt | None) -> None:
+def _check_one_by_one(model: Any, heard: Heard, prompt: Prompt | None) -> None:
     if prompt is None or heard.cache is None:
         return
     read, length = heard.past + heard.n, prompt.ids.shape[1]
-    if read < length:
+    images = image_ids(model.config)
+    if read < length and any(bool((prompt.ids[:, read:] == one).any()) for one in images):
         raise HostError(
-            f"a control that makes a second pass needs the prompt at once, and this call ends at "
-            f"token {read} of its {length}: generate without prefill_chunk_size"
+            "a control that makes a second pass needs all images of a prompt at once, and this "
+            f"call ends at token {read} of its {length}, before the last of them: generate with "
+            "a larger prefill_chunk_size, or none"
         )
     if read > length and heard.n > 1:
         raise HostError(
