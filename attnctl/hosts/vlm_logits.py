@@ -119,13 +119,14 @@ def speak(
             f"a call of this {original_class(model).__name__} returned no logits where a control "
             "is to change them: call it with return_dict=True"
         )
-    _check_one_by_one(model, heard, prompt)
+    images = image_ids(model.config)
+    _check_one_by_one(images, heard, prompt)
     if heard.cache is not None:
         _follow_beams(heard.cache)
     last = logits[:, -1].to(torch.promote_types(logits.dtype, torch.float32))
     fused = LogitsCall(
         inputs=_inputs(model, called, given, heard, prompt),
-        images=image_ids(model.config),
+        images=images,
         marks=marks_of(model.config),
         past=heard.past,
         written=heard.sequence.seen - heard.sequence.prompt,
@@ -232,11 +233,10 @@ def _flat(mask: Any, heard: Heard, ids: Tensor, prompt: Prompt | None) -> Tensor
     return flat
 
 
-def _check_one_by_one(model: Any, heard: Heard, prompt: Prompt | None) -> None:
+def _check_one_by_one(images: tuple[int, ...], heard: Heard, prompt: Prompt | None) -> None:
     if prompt is None or heard.cache is None:
         return
     read, length = heard.past + heard.n, prompt.ids.shape[1]
-    images = image_ids(model.config)
     if read < length and any(bool((prompt.ids[:, read:] == one).any()) for one in images):
         raise HostError(
             "a control that makes a second pass needs all images of a prompt at once, and this "

@@ -194,7 +194,7 @@ class EditedPrompt:
         self.edit, self.memory, self.codes = edit, memory, codes
         labels = tokens.slots_here("image") if tokens.labels is None else tokens.labels
         self.total = labels.shape[1]
-        self.device, self.shared = q.device, Shared(self.total)
+        self.shared = Shared(self.total)
 
     def __call__(
         self, site: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
@@ -202,7 +202,7 @@ class EditedPrompt:
         out: Tensor,
     ) -> Tensor | None:  # fmt: skip
         """Return the output [B, Nq, H, D], None where the kernel cannot take the call."""
-        if q.device != self.device:  # a model on several GPUs
+        if q.device != self.q.device:  # a model on several GPUs
             return None
         codes = self.edit.codes if self.codes is None else self.codes(site, hidden)
         heads = None if chosen is None else self.memory.heads(site, chosen, q.device)
