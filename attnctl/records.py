@@ -156,6 +156,8 @@ class Tokens:
         device: where masks are wanted; None for where they are made, which may be the CPU.
         labels: uint8 [B, T] of all tokens so far, 0 text, 1 image, 2 padding, where masks are
             made; None if they were made otherwise.
+        answering: number of the first query of role "answer", which all after it have too;
+            None if that differs between the rows, or is not known.
     """
 
     def __init__(
@@ -167,12 +169,14 @@ class Tokens:
         written: bool = False,
         device: torch.device | None = None,
         labels: Tensor | None = None,
+        answering: int | None = None,
     ) -> None:
         self._of = {"queries": queries, "keys": keys, "slots": slots or keys}
         self.first = first
         self.written = written
         self.device = device
         self.labels = labels
+        self.answering = answering
         self._made: dict[tuple[str, str], Tensor] = {}
         self._wanted: dict[tuple[str, str], Tensor] = {}
 
@@ -195,6 +199,19 @@ class Tokens:
     def queries_here(self, role: str) -> Tensor:
         """Return the queries of a role where the masks are made, which may be the CPU."""
         return self._make("queries", role)
+
+    def labels_there(self) -> Tensor:
+        """Return the labels where masks are wanted.
+
+        Without labels: 1 at image tokens, 2 at padding, else 0, found from the masks.
+        """
+        if ("labels", "") not in self._wanted:
+            labels = self.labels
+            if labels is None:
+                labels = self.slots_here("image").to(torch.uint8)
+                labels = labels.masked_fill(self.slots_here("pad"), 2)
+            self._wanted["labels", ""] = labels.to(self.device, non_blocking=True)
+        return self._wanted["labels", ""]
 
     def columns(self, role: str) -> Tensor:
         """Return the numbers [n] of the queries that have the role in some row."""

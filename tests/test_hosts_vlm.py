@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ from torch import Tensor
 import attnctl
 import attnctl.assets
 from attnctl.assets.world.evaluation import album
+from attnctl.hosts import vlm_given
+from attnctl.hosts.vlm_given import Given
 from attnctl.testing import zoo
 from attnctl.testing.vlms import VLMS, FamilyUnavailable, generate
 
@@ -494,16 +497,14 @@ def test_the_ids_of_a_prompt_are_fetched_before_the_model_begins(
     answers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After the vision tower, a GPU's whole work would be waited for."""
-    from attnctl.hosts import vlm
-
     model, inputs = VLMS["llava"].build(), VLMS["llava"].inputs((0, 1))
     order: list[Any] = []
-    here = vlm._Given.here.func
+    here = Given.here.func
     noted = lambda self: (order.append(tuple(self.ids.shape)), here(self))[1]  # noqa: E731
     found = functools.cached_property(noted)
-    found.__set_name__(vlm._Given, "here")
-    monkeypatch.setattr(vlm._Given, "here", found)
-    monkeypatch.setattr(vlm._Given, "fetch", lambda self: self.ids.shape[1] > 1 and self.here)
+    found.__set_name__(Given, "here")
+    monkeypatch.setattr(Given, "here", found)
+    monkeypatch.setattr(Given, "fetch", lambda self: self.ids.shape[1] > 1 and self.here)
     model.model.vision_tower.register_forward_pre_hook(lambda *_: order.append("tower"))
     options = {"do_sample": True, "num_return_sequences": answers, "max_new_tokens": 3}
     with attnctl.patch(model, attnctl.PAI(first_layer=0)):
@@ -549,35 +550,79 @@ def test_a_copy_of_the_prompt_that_says_something_else(monkeypatch: pytest.Monke
 @pytest.mark.parametrize(("tokens", "asked"), [(5, True), (1, False)])
 def test_only_the_ids_of_a_prompt_are_fetched(tokens: int, asked: bool) -> None:
     """A written token would wait for the one before it."""
-    from attnctl.hosts import vlm
-
-    given = vlm._Given(torch.zeros(1, tokens, dtype=torch.long, device="meta"), None, {})
+    given = Given(torch.zeros(1, tokens, dtype=torch.long, device="meta"), None, {})
     with pytest.raises(NotImplementedError) if asked else nullcontext():  # meta has no data
         given.fetch()
-    vlm._Given(None, None, {}).fetch()
+    Given(None, None, {}).fetch()
 
 
-def test_ids_and_mask_come_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In one copy where they are alike, else one by one; the same numbers in each case."""
-    from attnctl.hosts import vlm
+class Away:
+    """A tensor that seems to be on a GPU."""
 
-    class Away:
-        """A tensor that seems to be elsewhere."""
+    def __init__(self, x: Tensor, notes: list[Any]) -> None:
+        self.x, self.shape, self.dtype, self.notes = x, x.shape, x.dtype, notes
+        self.device, self.is_cuda = SimpleNamespace(type="cuda"), True
 
-        def __init__(self, x: Any) -> None:
-            self.x, self.shape, self.dtype = x, x.shape, x.dtype
-            self.device = place
+    def cpu(self) -> Tensor:
+        self.notes.append(tuple(self.shape))
+        return self.x
 
-        def cpu(self) -> Any:
-            copies.append(tuple(self.shape))
-            return self.x
 
-    copies: list[Any] = []
-    place, stack = SimpleNamespace(type="cuda"), torch.stack
-    monkeypatch.setattr(torch, "stack", lambda pair: Away(stack([one.x for one in pair])))
+@pytest.mark.parametrize("early", [False, True])
+def test_ids_and_mask_come_together(early: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one copy where they are alike, else one by one; the same numbers in each case.
+
+    Asked for early they are waited for when they are looked at, not before.
+    """
+    notes: list[Any] = []
+    stack, empty = torch.stack, torch.empty
+
+    class Room:
+        def __init__(self, shape: Any, dtype: Any, pin_memory: bool) -> None:
+            assert pin_memory
+            self.x = empty(shape, dtype=dtype)
+
+        def copy_(self, there: Away, non_blocking: bool) -> Tensor:
+            notes.append((tuple(there.shape), non_blocking))
+            return self.x.copy_(there.x)
+
+    done = SimpleNamespace(synchronize=lambda: notes.append("waited"))
+    stream = SimpleNamespace(record_event=lambda: done)
+    given_torch = SimpleNamespace(
+        stack=lambda pair: Away(stack([one.x for one in pair]), notes),
+        empty=Room, Tensor=Tensor, cuda=SimpleNamespace(current_stream=lambda device: stream),
+    )  # fmt: skip
+    monkeypatch.setattr(vlm_given, "torch", given_torch)
     ids, mask = torch.arange(6).view(2, 3), torch.tensor([[0, 1, 1], [1, 1, 1]])
-    for seen, want in ((mask, [(2, 2, 3)]), (mask.bool(), [(2, 3), (2, 3)])):
-        copies.clear()
-        there: Any = Away(ids), Away(seen)
-        found = vlm._Given(*there, {}).here
-        assert torch.equal(found[0], ids) and torch.equal(found[1], seen) and copies == want
+    cases = [(mask, [(2, 2, 3)]), (mask.bool(), [(2, 3), (2, 3)]), (None, [(2, 3)])]
+    for seen, copies in cases:
+        notes.clear()
+        given = Given(
+            *(None if x is None else Away(x, notes) for x in (ids, seen)),  # type: ignore[arg-type]
+            inputs={},
+        )
+        if early:
+            given.fetch()
+            copies = [(shape, True) for shape in copies]
+            assert notes == copies
+        found = given.here
+        assert np.array_equal(found[0], ids)
+        assert found[1] is None if seen is None else np.array_equal(found[1], seen)
+        assert notes == copies + ["waited"] * early
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", [torch.long, torch.bool])
+def test_ids_of_a_gpu_that_is_busy(kind: torch.dtype) -> None:
+    """What they are is what they were when they were asked for."""
+    ids, mask = torch.randint(0, 99, (2, 700)).cuda(), torch.ones(2, 700, dtype=kind).cuda()
+    mask[1, :9] = 0
+    work = torch.randn(4096, 4096, device="cuda")
+    wanted = ids.cpu(), mask.cpu()
+    for _ in range(30):
+        work = work @ work / 64
+    given = Given(ids, mask, {})
+    given.fetch()
+    ids.zero_()
+    mask.zero_()
+    assert all(np.array_equal(one, want) for one, want in zip(given.here, wanted, strict=True))

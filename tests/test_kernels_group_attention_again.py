@@ -60,7 +60,7 @@ def test_in_the_interpreter() -> None:
 def by_address(start: Launch, *args: Any) -> None:
     """Run a kernel as the compiled one is run: grid, stream, five for Triton, arguments."""
     dtype, other = start.key[2]  # type: ignore[index]
-    fixed = [torch.float32, torch.int32, torch.int32, torch.int32, torch.uint8, torch.uint8]
+    fixed = [torch.float32, torch.int32, torch.int32, torch.uint8, torch.uint8]
     dtypes = [dtype, other, torch.uint8, torch.uint8]
     if start.kernel is kernel.edited_rows_kernel:
         dtypes = [dtype] * 4 + [*fixed, other or torch.uint8]
@@ -354,8 +354,8 @@ def test_what_is_told_to_the_layers_after(starts: Counter[Any]) -> None:
     codes = torch.randint(0, 4, (2, 20), generator=draw, dtype=torch.uint8)
     heads = torch.tensor([1, 0, 1, 1], dtype=torch.uint8)
     edit = Edit(codes, 0.6, move=True, rho=0.1, least=0.05, heads=heads)
-    flags = torch.tensor([[1, 1, 0], [1, 0, 1]], dtype=torch.int32)
-    rows, shared = Rows(torch.tensor([3, 9, 23], dtype=torch.int32), flags), Shared(24)
+    rows = Rows(torch.tensor([[3, 9, 23], [1, 1, 0], [1, 0, 1]], dtype=torch.int32))
+    shared = Shared(24)
     with torch.no_grad():
         outs = [torch.zeros(2, 24, 4, 16) for _ in range(3)]
         assert edit_rows(q, k, v, outs[0], edit, rows, None, None, True, shared)

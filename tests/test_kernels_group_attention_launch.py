@@ -158,7 +158,7 @@ def test_rows_of_a_prompt_and_of_written_tokens(monkeypatch: pytest.MonkeyPatch)
     codes = torch.zeros(1, 40, dtype=torch.uint8)
     edit = Edit(codes, 1, move=True, rho=0, least=1)
     q, k, v = tensors(1, 2, 48, 16, dtype=torch.float32)
-    rows = Rows(torch.zeros(1, dtype=torch.int32), torch.ones(1, 1, dtype=torch.int32))
+    rows = Rows(torch.tensor([[0], [1]], dtype=torch.int32))
     for some, single in ((rows, q), (None, q[:, :, :1])):
         calls = [
             kernel.rows_call(single, k, v, edit, some, None, scale, some is not None)
@@ -166,7 +166,7 @@ def test_rows_of_a_prompt_and_of_written_tokens(monkeypatch: pytest.MonkeyPatch)
         ]
         assert calls[0] is calls[1] is not calls[2] and calls[0] is not None
         calls[0](single, k, v, torch.empty(1, 48, 2, 16), edit, some, None)
-        numbers = found.asked[-1][1][11:15]
+        numbers = found.asked[-1][1][10:14]
         assert numbers == (0, 1.0, 0.0, 1.0)
         assert [type(number) for number in numbers] == [int, float, float, float]
     assert [asked[2]["ALONE"] for asked in found.asked] == [False, True]

@@ -91,7 +91,7 @@ def wanted(
     free = torch.ones(heads, dtype=torch.bool) if edit.heads is None else edit.heads != 0
     a = q @ k.repeat_interleave(heads // k.shape[1], dim=1).transpose(-1, -2) / width**0.5
     if not edit.move:
-        raised = (code != 0)[:, None, None] & free[:, None, None]
+        raised = (code == 1)[:, None, None] & free[:, None, None]
         a = a + torch.where(raised, edit.strength * a.abs(), 0.0)
     if causal:
         a = a.masked_fill(~oracles.causal_mask(n_q, n_k), -torch.inf)
@@ -225,7 +225,8 @@ def test_rows_of_a_prompt(
     some = (torch.arange(heads) != 1).to(torch.uint8)
     made = Edit(codes_of(batch, n), **edit, heads=some)
     out = torch.full((batch, n, heads, 8), 7.0, dtype=dtype)
-    assert edit_rows(q, k, v, out, made, Rows(columns, flags), seen, None, causal)
+    rows = Rows(torch.cat([columns[None], flags]))
+    assert edit_rows(q, k, v, out, made, rows, seen, None, causal)
     out = out.transpose(1, 2)
     exact, hit = wanted(q, k, v, made, seen, causal)
     asked = torch.zeros(batch, n, dtype=torch.bool)
@@ -246,7 +247,7 @@ def test_a_single_row_of_a_prompt_is_split_as_a_written_one(
     q, k, v = tensors(1, 2, n, 8, kv_heads=2, keys=n, dtype=torch.float32)
     made, out = Edit(codes_of(1, n), **edit), torch.full((1, n, 2, 8), 7.0)
     for column in (n - 1, 50):  # before some parts of the keys, too
-        rows = Rows(torch.tensor([column]).int(), torch.ones(1, 1, dtype=torch.int32))
+        rows = Rows(torch.tensor([[column], [1]], dtype=torch.int32))
         assert edit_rows(q, k, v, out, made, rows, None, None, True)
         exact, hit = wanted(q, k, v, made, None, True)
         assert hit[:, :, column].all()
@@ -399,8 +400,8 @@ def test_queries_in_front_of_the_image_are_left_out(monkeypatch: pytest.MonkeyPa
         found = generate(model, inputs, 1)
     after = torch.arange(int(image[-1]) + 1, inputs["input_ids"].shape[1])
     assert int(image[0]) > 0 and len(rows) > 1
-    assert all(torch.equal(few.columns, after.int()) for few in rows)
-    assert all(few.flags.shape == (1, len(after)) for few in rows)
+    table = torch.stack([after, torch.ones_like(after)])
+    assert all(torch.equal(few.table, table.int()) for few in rows)
     without_kernels(monkeypatch)
     with attnctl.patch(model, control):
         torch.testing.assert_close(found, generate(model, inputs, 1), rtol=1e-4, atol=1e-4)

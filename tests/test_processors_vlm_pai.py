@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 import attnctl
+from attnctl.hosts.vlm_tokens import Sequence, tokens_of
 from attnctl.kernels.group_attention import Edit
 from attnctl.processors.vlm.pai import add_bias, raised_logits
-from attnctl.processors.vlm.rows import EditedPrompt, RowMemory, _before_images
+from attnctl.processors.vlm.rows import EditedPrompt, RowMemory, _found_rows
 from attnctl.records import Tokens
 from attnctl.testing import oracles
 from attnctl.testing.calls import Record
@@ -218,18 +219,32 @@ def test_a_prompt_keeps_no_tensors_of_its_first_layer() -> None:
     assert kept() is None and made.q.shape == (1, 2, 5, 8)
 
 
-@pytest.mark.parametrize(
-    ("image", "tokens", "early"),
-    [((), 9, 4), ((3,), 9, 2), ((3, 1), 9, 1), ((0,), 9, 0), ((8,), 9, 4), ((8,), 7, 3)],
-)
-def test_queries_in_front_of_all_images(image: tuple[int, ...], tokens: int, early: int) -> None:
-    """Of a batch, and of the last part of a prompt."""
-    columns, there = np.array([0, 1, 5, 6]), np.zeros((2, 9), dtype=np.bool_)
-    for row, slot in enumerate(image):
-        there[row, slot] = True
-    assert _before_images(there, columns, tokens) == early
-    if len(image) < 2:
-        assert _before_images(there[:1], columns, tokens) == early
+@pytest.mark.parametrize("labelled", [True, False])
+@pytest.mark.parametrize("past", [0, 2, 5])
+@pytest.mark.parametrize("role", ["text", "image", "answer", "all"])
+@pytest.mark.parametrize("image", [(), (3,), (4, 1), (0,), (8,)])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_the_queries_of_a_role(
+    batch: int, image: tuple[int, ...], role: str, past: int, labelled: bool
+) -> None:
+    """All of them, and those from the first image of the batch on; of a part of a prompt, too."""
+    labels = torch.zeros(batch, 9, dtype=torch.uint8)
+    labels[-1, :3] = 2
+    for row, slot in zip(range(batch), image, strict=False):
+        labels[row, slot] = 1
+    sequence = Sequence(labels, prompt=9)
+    tokens = tokens_of(sequence, past, batch, 9 - past, 9, torch.device("cpu"))
+    if not labelled:
+        tokens.labels = tokens.answering = None
+    there = torch.ones(batch, 9 - past).bool() if role == "all" else tokens.queries(role)
+    found = [_found_rows(batch, 9 - past, tokens, role, late) for late in (False, True)]
+    columns = there.any(0).nonzero()[:, 0]
+    firsts = (labels == 1).any(0).nonzero()[:, 0].tolist()
+    seeing = columns[columns >= (firsts[0] if firsts else 9) - past]
+    for table, want in zip(found, (columns, seeing), strict=True):
+        assert table.dtype == np.int32 and table.flags.c_contiguous
+        assert table[0].tolist() == want.tolist()
+        assert np.array_equal(table[1:], there[:, want])
 
 
 def test_presets() -> None:

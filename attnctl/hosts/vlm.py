@@ -33,9 +33,10 @@ from ..stack import Entry, check_conflicts
 from .adopt import Front, Uncopied, adopt, original_class, release
 from .vlm_compiled import CompiledDecoder, Filling, Lookup, compiler_options
 from .vlm_discover import decoder_of, speaker_of
+from .vlm_given import Given
 from .vlm_logits import Heard, Prompt, check_speaker, speak
 from .vlm_tap import DecoderSite, Stock, hook_site, primitive, stock_attention, unhook_site
-from .vlm_tokens import Sequence, fit_rows, image_ids, label, tokens_of
+from .vlm_tokens import Sequence, tokens_of
 
 __all__ = ["DecoderBinding"]
 
@@ -46,66 +47,13 @@ SLOT = "_attnctl"
 """Where a decoder keeps its binding, and a cache what is known of its tokens."""
 
 
-@dataclass(eq=False)
-class _Given:
-    """Token ids [B, N], padding mask [B, N] and inputs of a call of the whole model."""
-
-    ids: Tensor | None
-    mask: Tensor | None
-    inputs: dict[str, Any]
-    model: Any = None
-    sequence: Sequence | None = None  # of a generation without a cache
-    copied: Tensor | None = None  # what a generation hands on as its prompt: the same ids
-
-    @classmethod
-    def to(cls, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Given:
-        ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
-        mask = kwargs.get("attention_mask")
-        flat = isinstance(mask, Tensor) and mask.ndim == 2
-        return cls(ids if _are_ids(ids) else None, mask if flat else None, kwargs, model)
-
-    def labels(self, rows: int, n: int) -> Tensor | None:
-        """Return the labels of the last n tokens, None if these are not all ids."""
-        if self.ids is None or self.ids.shape[1] != n or rows % self.ids.shape[0]:
-            return None
-        ids, mask = self.here
-        images = () if self.model is None else image_ids(self.model.config)
-        return fit_rows(label(ids, None if mask is None else mask[:, -n:], images), rows)
-
-    def fetch(self) -> None:
-        """Bring the ids of a prompt here before a model begins with it.
-
-        Later this would wait for all that a GPU has been told to do, such as the vision tower,
-        and the decoder's first layers would come too late.
-        """
-        if self.ids is not None and self.ids.shape[1] > 1 and self.ids.device.type != "cpu":
-            self.here  # noqa: B018
-
-    @functools.cached_property
-    def here(self) -> tuple[Tensor, Tensor | None]:
-        """Ids and mask on the CPU: a GPU would be told to do a dozen tiny things, one by one."""
-        ids, mask = self.ids, self.mask
-        assert ids is not None
-        if mask is None:
-            return ids.cpu(), None
-        alike = ids.shape == mask.shape and ids.dtype == mask.dtype and ids.device == mask.device
-        if alike and ids.device.type != "cpu":  # one wait, not two
-            both = torch.stack((ids, mask)).cpu()
-            return both[0], both[1]
-        return ids.cpu(), mask.cpu()
-
-
-def _are_ids(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.ndim == 2 and not value.is_floating_point()
-
-
 class Local(threading.local):
     """What this thread is doing."""
 
     forward: Forward | None = None
     prepared: Forward | None = None  # of the compiled call under way
-    model: _Given | None = None  # call of the whole model under way
-    generation: _Given | None = None  # generate call under way
+    model: Given | None = None  # call of the whole model under way
+    generation: Given | None = None  # generate call under way
     heard: Heard | None = None  # what the decoder read in the model's call under way
     aside: Literal["no", "stock", "controlled"] = "no"  # inside a second pass of the model
 
@@ -142,7 +90,7 @@ class ModelCalls:
         if _whole(self) is not self:
             return super().generate(*args, **kwargs)  # type: ignore[misc]
         before = LOCAL.generation
-        LOCAL.generation = _Given.to(self, args, kwargs)
+        LOCAL.generation = Given.to(self, args, kwargs)
         LOCAL.generation.fetch()  # newer transformers ask the vision tower before the model
         try:
             return super().generate(*args, **kwargs)  # type: ignore[misc]
@@ -169,7 +117,7 @@ def _model_call(
     if LOCAL.model is not None:  # the outermost call knows most
         return stock(*args, **kwargs)
     whole = _whole(model)
-    LOCAL.model, LOCAL.heard = _Given.to(whole, args, kwargs), None
+    LOCAL.model, LOCAL.heard = Given.to(whole, args, kwargs), None
     if not _is_its_prompt(LOCAL.generation, LOCAL.model):
         LOCAL.model.fetch()
     try:
@@ -216,7 +164,7 @@ def _beside(model: Any, inputs: dict[str, Any], controlled: bool) -> Any:
     # text alone, and what follows a prompt, is for the language model inside
     asked = model if inner is None or "pixel_values" in inputs else inner
     before = LOCAL.model, LOCAL.generation, LOCAL.aside
-    LOCAL.model, LOCAL.generation = _Given.to(model, (), inputs), None
+    LOCAL.model, LOCAL.generation = Given.to(model, (), inputs), None
     LOCAL.aside = "controlled" if controlled else "stock"
     try:
         return asked(**inputs)
@@ -361,6 +309,7 @@ class DecoderBinding(Uncopied):
             hook_site(self.modules[index], DecoderSite(self, index, LOCAL))
             self.hooked.add(index)
         self._listen({i for e in acting if e.control.reads_residual for i in e.selection})
+        self._acting([e for e in self.entries if not e.neutral])  # what most forwards ask for
 
     def _listen(self, wanted: set[int]) -> None:
         """Follow the residual stream of these sites' layers, and of no others."""
@@ -430,15 +379,20 @@ class DecoderBinding(Uncopied):
             active = []
         for entry in active:
             entry.steps.add(step.index)
-        key, written = tuple(e.serial for e in active), None
-        acting = self.acting.get(key)
-        if acting is None:
-            acting = self.acting[key] = {site: _at(site, active) for site in self.hooked}
+        (key, acting), written = self._acting(active), None
         if n == 1 and past >= sequence.prompt:
             written = sequence.rows.setdefault((key, rows), {})
         return Forward(
             self, sequence, step, active, Rows(("cond",), rows), past, n, acting, written
         )
+
+    def _acting(self, active: list[Entry]) -> tuple[tuple[int, ...], dict[int, tuple[Entry, ...]]]:
+        """Return the serial numbers of active entries, and who has something to do at a site."""
+        key = tuple([e.serial for e in active])
+        acting = self.acting.get(key)
+        if acting is None:
+            acting = self.acting[key] = {site: _at(site, active) for site in self.hooked}
+        return key, acting
 
     def filling(
         self, model: Any, options: dict[str, Any], inputs: dict[str, Any]
@@ -540,7 +494,7 @@ def _read(sequence: Sequence, inputs: dict[str, Any], rows: int, n: int, past: i
     if own is None or own.ids is None:
         ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
         flat = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
-        own = _Given(ids, flat, {}, None if own is None else own.model)
+        own = Given(ids, flat, {}, None if own is None else own.model)
     whole = generation is not None and generation.ids is not None
     if whole and sequence.labels is not None and past >= generation.ids.shape[1]:  # type: ignore[union-attr]
         return  # several tokens of the answer at once
@@ -558,12 +512,12 @@ def _read(sequence: Sequence, inputs: dict[str, Any], rows: int, n: int, past: i
     sequence.prompt = past + n
 
 
-def _is_its_prompt(generation: _Given | None, own: _Given) -> bool:
+def _is_its_prompt(generation: Given | None, own: Given) -> bool:
     """Whether a call is given the very copy of its prompt's ids that a generation made."""
     return generation is not None and own.ids is not None and own.ids is generation.copied
 
 
-def _reads_it_all(generation: Any, own: _Given, past: int) -> bool:
+def _reads_it_all(generation: Any, own: Given, past: int) -> bool:
     """Whether a call says as much of its tokens as the generation under way says of its prompt."""
     if past or own.ids is None or own.ids.shape != generation.ids.shape:
         return False
@@ -571,7 +525,7 @@ def _reads_it_all(generation: Any, own: _Given, past: int) -> bool:
     return told and own.model is generation.model
 
 
-def _begins(generation: Any, own: _Given, past: int, n: int) -> bool:
+def _begins(generation: Any, own: Given, past: int, n: int) -> bool:
     """Whether a call reads the prompt of the generation under way, or goes on with it.
 
     A second stream (guidance, an own cache) may read something else.
@@ -580,13 +534,7 @@ def _begins(generation: Any, own: _Given, past: int, n: int) -> bool:
         return past + n <= generation.ids.shape[1] or n == 1
     if own.ids is None:
         return n == generation.ids.shape[1]  # embeddings made outside the decoder
-    rows, most = generation.ids.shape[0], min(n, generation.ids.shape[1])
-    if own.ids.shape[0] % rows:
-        return False
-    if own.ids.shape == generation.ids.shape:
-        return torch.equal(own.here[0], generation.here[0])
-    repeated = fit_rows(generation.here[0], own.ids.shape[0])
-    return torch.equal(own.here[0][:, :most], repeated[:, :most])
+    return own.begins_like(generation, n)
 
 
 @dataclass(eq=False)

@@ -128,7 +128,7 @@ def edit_rows(
     Returns:
         Whether the kernel can take the call (`rows_fit`); if not, nothing is changed.
     """
-    if not rows.columns.shape[0]:
+    if not rows.table.shape[1]:
         return True
     call = _call(q, k, v, edit, rows, mask, scale, causal)
     if call is None:

@@ -17,7 +17,8 @@ class Edit(NamedTuple):
     """An edit of the weights of single keys; formulas in `triton`.
 
     Args:
-        codes: uint8 [B or 1, P] of the first P keys; the others have code 0.
+        codes: uint8 [B or 1, P] of the first P keys; the others have code 0. Logits are raised
+            at code 1.
         strength: alpha of raised logits, or p, the share of the sinks' attention that is moved.
         move: whether attention is moved, not logits raised.
         rho: least share of the other image tokens in the attention to the image.
@@ -39,9 +40,8 @@ class Rows(NamedTuple):
     """Some of the queries of a batch.
 
     Args:
-        columns: int32 [R], their numbers, each once.
-        flags: int32 [B, R], contiguous, not 0 where the row of the batch has this query.
+        table: int32 [1 + B, R], contiguous: first their numbers, each once, then for each row of
+            the batch not 0 where it has this query.
     """
 
-    columns: Tensor
-    flags: Tensor
+    table: Tensor

@@ -216,7 +216,7 @@ def edited_row_reference(
 
         row, _ = regrouped_attention(q, k, v, groups, factors, mask, scale)
         return row.transpose(1, 2).contiguous()
-    raised = torch.nn.functional.pad(codes != 0, (0, k.shape[2] - codes.shape[1]))
+    raised = torch.nn.functional.pad(codes == 1, (0, k.shape[2] - codes.shape[1]))
     where = raised[:, None, None] & free[:, None, None]
     logits = _logits(q, k, None, scale)
     logits = _masked(logits + torch.where(where, edit.strength * logits.abs(), 0.0), mask)

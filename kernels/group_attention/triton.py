@@ -1,9 +1,9 @@
 """Rows of attention with two edits of their weights, each in one pass over the keys.
 
-Keys carry codes: 0 none, and for `RAISE` anything else; for `MOVE` 1 text sink, 2 image sink,
+Keys carry codes: for `RAISE` 1 where they are meant; for `MOVE` 1 text sink, 2 image sink,
 3 other image token. With a the logits of a row and A its softmax weights,
 
-    RAISE:  a_j <- a_j + alpha |a_j|    where the code of j is not 0,
+    RAISE:  a_j <- a_j + alpha |a_j|    where the code of j is 1,
     MOVE:   A_j <- (1 - p) A_j          at sinks (1, 2),
             A_j <- A_j (1 + p sum_{1,2} A / sum_3 A)  at 3,
 
@@ -79,10 +79,10 @@ def _row(p_part, at, o_d, mine):
         "first", "sm_b", "sm_h", "sm_n", "sc_b", "n_rows", "n_k", "n_codes", "per_split",
         "n_splits",
     ],
-    do_not_specialize_on_alignment=["Columns", "Flags", "Codes", "Heads", "Mask"],
+    do_not_specialize_on_alignment=["Table", "Codes", "Heads", "Mask"],
 )  # fmt: skip
 def edited_rows_kernel(
-    Q, K, V, Out, Parts, Counts, Columns, Flags, Codes, Heads, Mask, first, strength, rho, least,
+    Q, K, V, Out, Parts, Counts, Table, Codes, Heads, Mask, first, strength, rho, least,
     sq_b, sq_h, sq_n, sk_b, sk_h, sk_n, sv_b, sv_h, sv_n, so_b, so_h, so_n,
     sm_b, sm_h, sm_n, sc_b, n_rows, n_k, n_codes, per_split, n_splits, scale,
     MOVE: tl.constexpr, ALONE: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr,
@@ -104,8 +104,8 @@ def edited_rows_kernel(
         column = row
         wanted = valid
     else:
-        column = tl.load(Columns + row, mask=valid, other=0)
-        wanted = valid & (tl.load(Flags + i_b * n_rows + row, mask=valid, other=0) != 0)
+        column = tl.load(Table + row, mask=valid, other=0)
+        wanted = valid & (tl.load(Table + (1 + i_b) * n_rows + row, mask=valid, other=0) != 0)
     free = wanted
     if SOME:
         free = free & (tl.load(Heads + head, mask=valid, other=0) != 0)
@@ -144,7 +144,7 @@ def edited_rows_kernel(
         b_k = tl.load(p_k, mask=m_n, other=0.0)  # [BN, DP]
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale  # in units of log 2
         if not MOVE:
-            raised = (code != 0)[None, :] & free[:, None]
+            raised = (code == 1)[None, :] & free[:, None]
             b_s += tl.where(raised, strength * tl.abs(b_s), 0.0)
         seen = inside[None, :]
         if CAUSAL:
@@ -272,7 +272,7 @@ def rows_call(
     kind = (
         q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype,
         q.device, codes.shape, codes.stride(), edit.move, edit.heads is None, scale, causal,
-        None if rows is None else rows.columns.shape,
+        None if rows is None else rows.table.shape,
         None if mask is None else (mask.dtype, mask.shape, mask.stride()),
     )  # fmt: skip
     found = _KNOWN.get(kind)
@@ -307,7 +307,7 @@ class RowsCall:
         scale = width**-0.5 if scale is None else scale
         n_kv, n_k = k.shape[1], k.shape[2]
         group, codes = heads // n_kv, edit.codes
-        n_rows = 1 if rows is None else rows.columns.shape[0]
+        n_rows = 1 if rows is None else rows.table.shape[1]
         padded = max(16, 1 << (width - 1).bit_length())
         block = 16 if n_rows * group <= 16 else MOST_ROWS
         blocks = _parts(n_rows * group, block)
@@ -346,9 +346,8 @@ class RowsCall:
         Parts are counted in `counts`; where a CUDA graph is made, nothing that outlives it may
         be made here.
         """
-        codes, columns, flags = edit.codes, edit.codes, edit.codes
-        if rows is not None:
-            columns, flags = rows
+        codes = edit.codes
+        table = codes if rows is None else rows.table
         heads = codes if edit.heads is None else edit.heads
         if not self.parts:
             parts, counts = out, out
@@ -358,7 +357,7 @@ class RowsCall:
             parts = out.new_empty(self.parts, dtype=torch.float32)
         self.attend(
             (
-                q, k, v, out, parts, counts, columns, flags, codes, heads,
+                q, k, v, out, parts, counts, table, codes, heads,
                 codes if mask is None else mask,
             ),
             *_numbers(edit),
@@ -369,11 +368,11 @@ class RowsCall:
         mask: Tensor | None, scale: float | None, causal: bool, total: int,
     ) -> RowsAgain | None:  # fmt: skip
         """Return what edits the rows of the layers after one that this has edited."""
-        columns, flags = (edit.codes, edit.codes) if rows is None else rows
+        table = edit.codes if rows is None else rows.table
         room = (edit.codes, edit.codes)  # not read
         if self.parts:
             room = _room(self.device, self.parts)
-        launch = self.attend.again((*room, columns, flags), *_numbers(edit))
+        launch = self.attend.again((*room, table), *_numbers(edit))
         if launch is None:
             return None
         return RowsAgain(launch, q, k, v, edit, mask, scale, causal, total)

@@ -181,7 +181,7 @@ class PAI(Control):
         tokens = tokens_of(call, self.name)
         if type(self).raised is not PAI.raised or not kernel_fits(call, tokens):
             return None
-        codes = tokens.slots("image").view(torch.uint8)
+        codes = tokens.labels_there()
         edit = Edit(codes, self.alpha, heads=call.state.heads_of(call))
         return EditedRow(edit, call.state.shared)
 
@@ -189,7 +189,7 @@ class PAI(Control):
         """Return the edit of one row."""
         if type(self).raised is not PAI.raised:
             return None
-        return Edit(tokens.slots("image").view(torch.uint8), self.alpha)
+        return Edit(tokens.labels_there(), self.alpha)
 
     def reading(self, call: AttentionCall) -> Reading | None:
         """Return the edit of a prompt's rows, where the kernel can run."""
@@ -198,7 +198,7 @@ class PAI(Control):
             return None
         if not kernel_fits(call, tokens):
             return None
-        edit = Edit(tokens.slots("image").view(torch.uint8), self.alpha)
+        edit = Edit(tokens.labels_there(), self.alpha)
         return EditedPrompt(self.rows, call.q, tokens, edit, state)
 
     def _raise(self, call: AttentionCall, tokens: Tokens) -> Tensor:

@@ -218,49 +218,54 @@ class EditedPrompt:
         return out if fits else None
 
 
-def _found_rows(batch: int, n: int, tokens: Tokens, role: str) -> tuple[NDArray[np.int32], int]:
-    """Return the queries of a role in some row, and how many come before all images.
+def _found_rows(batch: int, n: int, tokens: Tokens, role: str, late: bool) -> NDArray[np.int32]:
+    """Return the queries of a role in some row, as the table of `Rows`.
 
-    By numpy, which takes less time to begin: a model waits for this.
-
-    Returns:
-        [1 + B, R]: numbers of the queries, and not 0 where a row has them.
-    """
-    labels = None if tokens.labels is None else tokens.labels.numpy()
-    if role == "all":
-        there = np.ones((batch, n), dtype=np.bool_)
-    elif role == "text" and labels is not None:
-        there = labels[:, -n:] == 0
-    else:
-        there = tokens.queries_here(role).cpu().numpy()
-    columns = _of_some_row(there).nonzero()[0]
-    both = np.ones((1 + batch, len(columns)), dtype=np.int32)
-    both[0] = columns
-    if batch > 1:
-        both[1:] = there[:, columns]
-    image = tokens.slots_here("image").cpu().numpy() if labels is None else labels == 1
-    return both, _before_images(image, columns, n)
-
-
-def _of_some_row(there: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Return which columns of [B, N] are set in some row, [N]."""
-    first: NDArray[np.bool_] = there[0]
-    return first if len(there) == 1 else np.logical_or.reduce(there, axis=0)
-
-
-def _before_images(image: NDArray[np.bool_], columns: NDArray[Any], queries: int) -> int:
-    """Count the queries that come before all images of the batch.
+    In few steps, each of which takes a while to begin: a model waits for this.
 
     Args:
-        image: bool [B, T], the image tokens among all tokens so far.
-        columns: [R], numbers of queries in order.
-        queries: number of the forward's tokens, the last of T.
+        batch: rows.
+        n: queries, the last of all tokens so far.
+        tokens: roles of the tokens.
+        role: the role, or "all".
+        late: without those in front of all image tokens of the batch.
     """
-    there = _of_some_row(image)
-    first = int(there.argmax())
-    if not there[first]:  # no image
-        return len(columns)
-    return int(np.searchsorted(columns, first - (image.shape[1] - queries)))
+    labels = None if tokens.labels is None else tokens.labels.numpy()
+    first = 0
+    if late:
+        image = tokens.slots_here("image").cpu().numpy() if labels is None else labels
+        first = max(0, _first_image(image) - (image.shape[1] - n))
+    if role == "answer" and tokens.answering is not None:
+        return _table(batch, np.arange(max(first, tokens.answering), n))
+    if role == "all":
+        return _table(batch, np.arange(first, n))
+    if role == "text" and labels is not None:
+        there = labels[:, labels.shape[1] - n + first :] == 0
+    else:
+        there = tokens.queries_here(role).cpu().numpy()[:, first:]
+    some = there[0] if batch == 1 else np.logical_or.reduce(there, axis=0)
+    columns = some.nonzero()[0]
+    table = _table(batch, columns + first)
+    if batch > 1:
+        table[1:] = there[:, columns]
+    return table
+
+
+def _table(batch: int, columns: NDArray[Any]) -> NDArray[np.int32]:
+    """Return the table of queries that all rows have."""
+    table = np.empty((1 + batch, len(columns)), dtype=np.int32)
+    table[0], table[1:] = columns, 1
+    return table
+
+
+def _first_image(image: NDArray[Any]) -> int:
+    """Return the first column of [B, N], in bytes, that is 1 in some row; N if none is."""
+    n, there = image.shape[1], image.tobytes()
+    first = n
+    for start in range(0, len(there), n):
+        found = there.find(b"\1", start, start + first)
+        first = first if found < 0 else found - start
+    return first
 
 
 @dataclass(eq=False)
@@ -268,8 +273,8 @@ class RowMemory:
     """What the layers of a forward share about the rows of an edit."""
 
     _heads: dict[int, Tensor] = field(default_factory=dict)
-    _rows: dict[int, Rows] = field(default_factory=dict)  # by those left out
-    _found: tuple[Tokens, NDArray[np.int32], int] | None = None
+    _rows: dict[bool, Rows] = field(default_factory=dict)  # by whether early ones are left out
+    _of: Tokens | None = None  # whose rows these are
     shared: Shared = field(default_factory=Shared)
     """Of written tokens."""
 
@@ -294,13 +299,10 @@ class RowMemory:
             q: [B, H, Nq, D], the call's queries.
             late: without those in front of all image tokens of the batch.
         """
-        if self._found is None or self._found[0] is not tokens:
-            self._found = tokens, *_found_rows(q.shape[0], q.shape[2], tokens, role)
+        if self._of is not tokens:
+            self._of = tokens
             self._rows.clear()
-        _, both, early = self._found
-        early = early if late else 0
-        if early not in self._rows:
-            mine = torch.from_numpy(np.ascontiguousarray(both[:, early:]))
-            mine = mine.to(q.device, non_blocking=True)
-            self._rows[early] = Rows(mine[0], mine[1:])
-        return self._rows[early]
+        if late not in self._rows:
+            table = _found_rows(q.shape[0], q.shape[2], tokens, role, late)
+            self._rows[late] = Rows(torch.from_numpy(table).to(q.device, non_blocking=True))
+        return self._rows[late]

@@ -213,21 +213,18 @@ class SinkMemory(RowMemory):
             return known[1]
         made = None
         if type(self).found is SinkMemory.found:
-            labels = self._labels(tokens)[:, residual.past :].to(x.device, non_blocking=True)
+            labels = self._labels(tokens, residual.past).to(x.device, non_blocking=True)
             limit = residual.prompt - residual.past
             made = codes_call(x, self._dims(x), labels, self.tau, limit, self.sites)
         self._writer = tokens, made
         return made
 
-    def _labels(self, tokens: Tokens) -> Tensor:
-        """Return what the kernel is told of all tokens so far, where masks are made."""
-        labels = tokens.labels
-        if labels is None:
-            image = tokens.slots_here("image")
-            labels = image.to(torch.uint8).masked_fill_(tokens.slots_here("pad"), 2)
+    def _labels(self, tokens: Tokens, past: int) -> Tensor:
+        """Return what the kernel is told of the tokens of this forward."""
+        labels = tokens.labels_there()
         if self.protect:
             labels = labels.masked_fill(self._protected(labels == 1), 3)
-        return labels
+        return labels[:, past:] if past else labels
 
     def _dims(self, x: Tensor) -> Tensor:
         return dims_tensor(self.dims, x)
