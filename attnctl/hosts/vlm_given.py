@@ -1,7 +1,7 @@
 """Token ids as a call of the whole model, or of `generate`, is given them.
 
 A GPU that is asked for ids answers when all else is done that it has been told to do. So it is
-asked before a model begins, and nobody waits until the decoder wants to know.
+asked before a model begins.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ class Given:
     model: Any = None
     sequence: Sequence | None = None  # of a generation without a cache
     copied: Tensor | None = None  # what a generation hands on as its prompt: the same ids
-    under_way: _UnderWay | None = None
 
     @classmethod
     def to(cls, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Given:
@@ -58,17 +57,13 @@ class Given:
         return np.array_equal(self.here[0][:, :most], whole[:, :most])
 
     def fetch(self) -> None:
-        """Let the ids of a prompt come here, before a model begins with it.
+        """Bring the ids of a prompt here, before a model begins with it.
 
         Later this would wait for all that a GPU has been told to do, such as the vision tower,
         and the decoder's first layers would come too late.
         """
-        ids, mask = self.ids, self.mask
-        if ids is None or ids.shape[1] == 1 or ids.device.type == "cpu":
-            return
-        if ids.is_cuda and (mask is None or mask.is_cuda):
-            self.under_way = _UnderWay(ids, mask)
-        else:
+        ids = self.ids
+        if ids is not None and ids.shape[1] > 1 and ids.device.type != "cpu":
             self.here  # noqa: B018
 
     @functools.cached_property
@@ -76,37 +71,12 @@ class Given:
         """Ids and mask on the CPU: a GPU would be told to do a dozen tiny things, one by one."""
         ids, mask = self.ids, self.mask
         assert ids is not None
-        if self.under_way is not None:
-            return self.under_way.arrived()
         if mask is None:
             return ids.cpu().numpy(), None
         if _alike(ids, mask) and ids.device.type != "cpu":  # one wait, not two
             both = torch.stack((ids, mask)).cpu().numpy()
             return both[0], both[1]
         return ids.cpu().numpy(), mask.cpu().numpy()
-
-
-class _UnderWay:
-    """Ids and mask on their way from a GPU into memory that it writes to by itself."""
-
-    def __init__(self, ids: Tensor, mask: Tensor | None) -> None:
-        self.both = mask is not None and _alike(ids, mask)
-        there = [ids] if mask is None else [ids, mask]
-        if mask is not None and self.both:
-            there = [torch.stack((ids, mask))]
-        self.copies = [
-            torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
-            for x in there
-        ]
-        self.done = torch.cuda.current_stream(ids.device).record_event()
-
-    def arrived(self) -> tuple[NDArray[Any], NDArray[Any] | None]:
-        """Return ids and mask."""
-        self.done.synchronize()
-        first, *others = (copy.numpy() for copy in self.copies)
-        if self.both:
-            return first[0], first[1]
-        return first, others[0] if others else None
 
 
 def _alike(ids: Tensor, mask: Tensor) -> bool:
