@@ -579,18 +579,7 @@ class Forward:
     def attend(
         self, site: int, module: nn.Module, call: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Tensor, Tensor | None]:
-        """Run the attention plane of one site; see `vlm_tap._attend`."""
-        if self.written is not None:
-            known = self.written.get(site)
-            if known is not None:
-                done = self._write(known[1], module, call, kwargs)
-                if done is not None:
-                    known[0].calls[site] += 1
-                    return done
-        elif self.reading:
-            done = self._read(site, module, call, kwargs)
-            if done is not None:
-                return done
+        """Run the attention plane of one site where `write` and `read` do not; see `vlm_tap`."""
         rest, stock = self.acting.get(site, ()), self._stock(module)
         if not rest:
             out: tuple[Tensor, Tensor | None] = stock.run(module, *call, **kwargs)
@@ -612,7 +601,10 @@ class Forward:
             }
         )  # fmt: skip
         if len(rest) == 1 and self._learn(rest[0], site, rest[0].alone(made)):
-            return self.attend(site, module, call, kwargs)
+            short = self.read if self.written is None else self.write
+            done = short(site, module, call, kwargs)
+            if done is not None:
+                return done
         if seen.whole is not None:  # a control may take one of them for all there is
             made.mask, made.is_causal = seen.whole(), False
         new = made.proceed() if len(rest) > 1 else rest[0].attend_alone(made)
@@ -636,25 +628,34 @@ class Forward:
     # Written tokens and prompts go through the next two, one layer after another. While a layer
     # runs, the processor forgets this code: what counts is how many functions are called.
 
-    def _write(
-        self, row: WrittenRow, module: nn.Module, call: tuple[Any, ...], kwargs: dict[str, Any]
+    def write(
+        self, site: int, module: nn.Module, call: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Tensor, Tensor | None] | None:
-        """Run what is known to be done to a written token, past the stack; None if it declines."""
+        """Run what is known to be done to a written token, past the stack; None if nothing is."""
+        assert self.written is not None
+        known = self.written.get(site)
+        if known is None:
+            return None
+        entry, row = known
         if module.__dict__["config"] is not self.config or row is STOCK:
             stock = self._stock(module)
             if row is STOCK:
+                entry.calls[site] += 1
                 out: tuple[Tensor, Tensor | None] = stock.run(module, *call, **kwargs)
                 return out
             if stock.flash:
                 call = stock.seen(module, call, kwargs, self.masks)[:4]
         q, k, v, mask = call
         found = row(q, k, v, mask, kwargs.get("scaling"), self.past + 1)
-        return None if found is None else (found, None)
+        if found is None:
+            return None
+        entry.calls[site] += 1
+        return found, None
 
-    def _read(
+    def read(
         self, site: int, module: nn.Module, call: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Tensor, Tensor | None] | None:
-        """Run what is known to be done to a prompt, past the stack; None if it declines."""
+        """Run what is known to be done to a prompt, past the stack; None if nothing is."""
         acting = self.acting.get(site, ())
         entry = acting[0] if len(acting) == 1 else None
         reading = self.reading.get(entry)

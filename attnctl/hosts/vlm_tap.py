@@ -163,8 +163,12 @@ def _attend(
     forward = ref.local.forward
     if forward is None or forward.binding is not ref.binding:
         raise ref.binding.passed()
-    out = forward.attend(ref.index, module, call, kwargs)
-    return out
+    done: tuple[Tensor, Tensor | None] | None = None
+    if forward.written is not None:
+        done = forward.write(ref.index, module, call, kwargs)
+    elif forward.reading:
+        done = forward.read(ref.index, module, call, kwargs)
+    return forward.attend(ref.index, module, call, kwargs) if done is None else done
 
 
 def _unpatched(module: torch.nn.Module, *call: Any, **kwargs: Any) -> Any:
