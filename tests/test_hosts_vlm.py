@@ -8,10 +8,8 @@ import functools
 import io
 from collections.abc import Callable
 from contextlib import nullcontext
-from types import SimpleNamespace
 from typing import Any, ClassVar
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -553,29 +551,3 @@ def test_only_the_ids_of_a_prompt_are_fetched(tokens: int, asked: bool) -> None:
     with pytest.raises(NotImplementedError) if asked else nullcontext():  # meta has no data
         given.fetch()
     Given(None, None, {}).fetch()
-
-
-def test_ids_and_mask_come_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In one copy where they are alike, else one by one; the same numbers in each case."""
-
-    class Away:
-        """A tensor that seems to be elsewhere."""
-
-        def __init__(self, x: Any) -> None:
-            self.x, self.shape, self.dtype = x, x.shape, x.dtype
-            self.device = place
-
-        def cpu(self) -> Any:
-            copies.append(tuple(self.shape))
-            return self.x
-
-    copies: list[Any] = []
-    place, stack = SimpleNamespace(type="cuda"), torch.stack
-    monkeypatch.setattr(torch, "stack", lambda pair: Away(stack([one.x for one in pair])))
-    ids, mask = torch.arange(6).view(2, 3), torch.tensor([[0, 1, 1], [1, 1, 1]])
-    for seen, want in ((mask, [(2, 2, 3)]), (mask.bool(), [(2, 3), (2, 3)]), (None, [(2, 3)])):
-        copies.clear()
-        there: Any = Away(ids), None if seen is None else Away(seen)
-        found = Given(*there, {}).here
-        assert np.array_equal(found[0], ids) and copies == want
-        assert found[1] is None if seen is None else np.array_equal(found[1], seen)

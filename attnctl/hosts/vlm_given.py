@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -68,19 +67,13 @@ class Given:
 
     @functools.cached_property
     def here(self) -> tuple[NDArray[Any], NDArray[Any] | None]:
-        """Ids and mask on the CPU: a GPU would be told to do a dozen tiny things, one by one."""
-        ids, mask = self.ids, self.mask
-        assert ids is not None
-        if mask is None:
-            return ids.cpu().numpy(), None
-        if _alike(ids, mask) and ids.device.type != "cpu":  # one wait, not two
-            both = torch.stack((ids, mask)).cpu().numpy()
-            return both[0], both[1]
-        return ids.cpu().numpy(), mask.cpu().numpy()
+        """Ids and mask on the CPU: a GPU would be told to do a dozen tiny things, one by one.
 
-
-def _alike(ids: Tensor, mask: Tensor) -> bool:
-    return ids.shape == mask.shape and ids.dtype == mask.dtype and ids.device == mask.device
+        Each by itself: to put them together first takes longer than to wait twice.
+        """
+        assert self.ids is not None
+        mask = None if self.mask is None else self.mask.cpu().numpy()
+        return self.ids.cpu().numpy(), mask
 
 
 def _are_ids(value: Any) -> bool:

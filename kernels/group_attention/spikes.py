@@ -63,6 +63,10 @@ def _launch(
     )  # fmt: skip
 
 
+FIRST = 4
+"""Layers that are made room for at first: until some have run, a GPU waits for the host."""
+
+
 class CodesCall:
     """Writes the codes of tokens, at one layer after another that reads a stream of one shape.
 
@@ -79,7 +83,7 @@ class CodesCall:
         self, hidden: Tensor, dims: Tensor, labels: Tensor, tau: float, limit: int, layers: int
     ) -> None:
         batch, n, width = hidden.shape
-        self.layers, self.room = layers, list[Tensor]()
+        self.layers, self.room, self.begun = layers, list[Tensor](), False
         self.kind = hidden.shape, hidden.stride(), hidden.dtype, hidden.device
         self.given, self.numbers = (dims, labels), (limit, float(tau))
         self.launch = _launch(
@@ -99,8 +103,7 @@ class CodesCall:
             hidden: [B, N, width], of a shape that `takes` takes.
         """
         if not self.room:
-            shape = (self.layers, *hidden.shape[:2])
-            self.room += torch.empty(shape, dtype=torch.uint8, device=hidden.device).unbind()
+            self._make_room(hidden)
         if self.again is None:
             self.again = self.launch.again(self.given, *self.numbers)
         done = self.next(hidden)
@@ -109,6 +112,13 @@ class CodesCall:
             self.launch((hidden, *self.given, done), *self.numbers)
         return done
 
+    def _make_room(self, hidden: Tensor) -> None:
+        """Make room for the codes of the first layers, which are waited for; then of others."""
+        layers = self.layers if self.begun else min(self.layers, FIRST)
+        self.begun = True
+        shape = (layers, *hidden.shape[:2])
+        self.room += torch.empty(shape, dtype=torch.uint8, device=hidden.device).unbind()
+
     def next(self, hidden: Tensor) -> Tensor | None:
         """Return the same with less to look at, as a layer after another can have it.
 
@@ -116,7 +126,7 @@ class CodesCall:
         """
         again, kind = self.again, self.kind
         if (
-            again is None or not self.room
+            again is None
             or hidden.shape != kind[0] or hidden.stride() != kind[1]
             or hidden.dtype is not kind[2] or hidden.device != kind[3]
             or again.stream_now() != again.stream
@@ -125,6 +135,8 @@ class CodesCall:
         at = hidden.data_ptr()
         if at % UNIT:
             return None
+        if not self.room:
+            self._make_room(hidden)
         out = self.room.pop()
         again.run(*again.front, at, *again.fixed, out.data_ptr(), *again.rest)
         return out
