@@ -439,8 +439,8 @@ each round had an order of its own: the 95 % bootstrap interval of that median, 
 the least times of all rounds, which other work on the processor cannot lengthen. Goals for *pai*
 and *var*: at most 1.05 times stock's time for the prompt, at least .97 of its written tokens a
 second, at most 1.02 of its peak memory. Those that a run misses are named under its table. The
-vision tower is left out, but for the tables that name it (`--tower`; one was made twice, *busy*
-while other work ran on the machine).
+vision tower is left out, but for the table that names it (`--tower`). The processor of the machine
+is shared with others, which short prompts feel most.
 
 ```bash
 python -m attnctl.apps.bench.vlm_cost --model llava-1.5-7b --out vlm.json

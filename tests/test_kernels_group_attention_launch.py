@@ -172,3 +172,23 @@ def test_rows_of_a_prompt_and_of_written_tokens(monkeypatch: pytest.MonkeyPatch)
     assert [asked[2]["ALONE"] for asked in found.asked] == [False, True]
     wide = tensors(1, 2, 48, 272, dtype=torch.float32)
     assert kernel.rows_call(*wide, edit, rows, None, None, True) is None
+
+
+@pytest.mark.parametrize(
+    ("move", "batch", "rows", "keys", "warps"),
+    [
+        (True, 1, 60, 671, kernel.FEW_WARPS),
+        (True, 2, 60, 671, kernel.WARPS),  # more programs than multiprocessors
+        (True, 1, 60, 2975, kernel.WARPS),  # split
+        (True, 1, 9, 100, kernel.WARPS),  # one program for each head
+        (False, 1, 60, 671, kernel.WARPS),
+    ],
+)
+def test_programs_that_have_a_multiprocessor_each_have_more_warps(
+    move: bool, batch: int, rows: int, keys: int, warps: int
+) -> None:
+    q = torch.empty(batch, 32, keys, 128, dtype=torch.bfloat16, device="meta")
+    some = Rows(torch.empty(1 + batch, rows, dtype=torch.int32, device="meta"))
+    edit = Edit(torch.empty(batch, keys, dtype=torch.uint8, device="meta"), 0.5, move=move)
+    call = kernel.RowsCall(q, q, q, edit, some, None, None, True)
+    assert call.attend.constants["num_warps"] == warps

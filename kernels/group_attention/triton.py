@@ -46,6 +46,10 @@ MOST_SPLITS = 32
 MOST_ROWS, KEYS, WARPS = 16, 64, 4
 """Rows of a program, keys that it takes at once, and its warps."""
 
+FEW_PROGRAMS, FEW_WARPS = 132, 8
+"""To move attention, programs that are not split have more warps if there are few of them: one
+for each multiprocessor."""
+
 UNROLL = 4
 """Parts that are read at once."""
 
@@ -316,6 +320,8 @@ class RowsCall:
         splits = _parts(n_k, per_split)
         size = batch * n_rows * heads * splits * (3 * padded + 8)
         self.parts, self.device = size if splits > 1 else 0, q.device
+        few = edit.move and splits == 1 < blocks and blocks * n_kv * batch <= FEW_PROGRAMS
+        warps = FEW_WARPS if few else WARPS
         kind = 0 if mask is None else 1 if mask.dtype == torch.bool else 2
         types = (q.dtype, None if mask is None else mask.dtype)
         sizes = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *steps)
@@ -334,7 +340,7 @@ class RowsCall:
                 "SOME": edit.heads is not None, "D": width, "DP": padded,
                 "BM": block, "BN": KEYS if padded <= 128 else 32, "UNROLL": UNROLL,
             },
-            {"num_warps": WARPS},
+            {"num_warps": warps},
         )  # fmt: skip
 
     def __call__(
