@@ -18,6 +18,7 @@ import attnctl
 import attnctl.assets
 from attnctl.assets.world.evaluation import album
 from attnctl.hosts.vlm_given import Given
+from attnctl.records import Tokens
 from attnctl.testing import zoo
 from attnctl.testing.vlms import VLMS, FamilyUnavailable, generate
 
@@ -551,3 +552,31 @@ def test_only_the_ids_of_a_prompt_are_fetched(tokens: int, asked: bool) -> None:
     with pytest.raises(NotImplementedError) if asked else nullcontext():  # meta has no data
         given.fetch()
     Given(None, None, {}).fetch()
+
+
+def test_ids_that_begin_like_a_prompt() -> None:
+    """Each of its rows once for every beam or answer, and no more than there are of both."""
+    ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    prompt = Given(ids, None, {})
+
+    def begins(other: Tensor, n: int = 9) -> bool:
+        return Given(other, None, {}).begins_like(prompt, n)
+
+    beams = ids.repeat_interleave(2, dim=0)
+    assert (
+        begins(ids) and begins(beams) and not begins(ids.repeat(2, 1)) and not begins(ids.flip(0))
+    )
+    longer = torch.nn.functional.pad(beams, (0, 2), value=7)
+    assert begins(longer) and begins(ids[:, :2], 2) and not begins(ids[:1])
+    changed = ids.clone()
+    changed[1, 2] = 0
+    assert not begins(changed) and begins(changed, 2)
+
+
+def test_labels_without_ids() -> None:
+    masks = {"image": torch.tensor([[0, 1, 1]]).bool(), "pad": torch.tensor([[1, 0, 0]]).bool()}
+    tokens = Tokens(masks.__getitem__, masks.__getitem__)
+    assert tokens.labels_there().tolist() == [[2, 1, 1]]
+    assert tokens.labels_there() is tokens.labels_there()
+    known = Tokens(masks.__getitem__, masks.__getitem__, labels=torch.tensor([[0, 1, 2]]))
+    assert known.labels_there().tolist() == [[0, 1, 2]]

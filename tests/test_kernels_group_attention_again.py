@@ -370,13 +370,15 @@ def test_what_is_told_to_the_layers_after(starts: Counter[Any]) -> None:
         assert first is not None and torch.equal(first, second) and torch.equal(first, alone)
         x = torch.randn(2, 24, 32, generator=draw)
         labels = torch.ones(2, 24, dtype=torch.uint8)
-        call = codes_call(x, torch.tensor([1, 4]), labels, 1.2, 24, 3)
+        call = codes_call(x, torch.tensor([1, 4]), labels, 1.2, 24, 9)
         assert call.next(x) is None
         want = call(x)
+        assert len(call.room) == spikes.FIRST - 1
         plain = call.room.pop()
         call.launch((x, *call.given, plain), *call.numbers)
         assert torch.equal(plain, want) and want.unique().tolist() == [2, 3]
-        places = [call.next(x + 0) for _ in range(3 * spikes.FIRST)]  # room is made on the way
+        places = [call.next(x + 0) for _ in range(9)]  # room for all others is made on the way
+        assert len(call.room) == spikes.FIRST - 2
         assert all(torch.equal(found, want) for found in places)
         assert len({found.data_ptr() for found in [want, plain, *places]}) == 2 + len(places)
         for other in (x.half(), x[:1], x[:, :, :16], torch.randn(2, 32, 24).mT):

@@ -265,7 +265,6 @@ class PromptCodes:
         self.step, self.past, self.prompt = call.step.index, residual.past, residual.prompt
         self.at = self.step, self.past
         self.writer: Any = None
-        memory._groups.clear()
         self.whole = not self.past and residual.hidden.shape[0] == self.rows
 
     def __call__(self, site: int, hidden: Tensor | None) -> Tensor:
@@ -273,7 +272,7 @@ class PromptCodes:
         memory, writer = self.memory, self.writer
         if writer is not None and hidden is not None and memory._seen.get(site) != self.at:
             codes: Tensor | None = writer.next(hidden)
-            if codes is not None:  # the first layer's were kept with all that goes with it
+            if codes is not None:  # of a whole prompt: nothing else is kept of it yet
                 memory._seen[site], memory._codes[site] = self.at, codes
                 return codes
         residual = None if hidden is None else Residual(hidden, self.past, self.prompt)
