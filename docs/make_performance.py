@@ -440,10 +440,12 @@ the least times of all rounds, which other work on the processor cannot lengthen
 and *var*: at most 1.05 times stock's time for the prompt, at least .97 of its written tokens a
 second, at most 1.02 of its peak memory. Those that a run misses are named under its table. The
 vision tower is left out, but for the table that names it (`--tower`). The processor of the machine
-is shared with others, which short prompts feel most.
+is shared with others, which short prompts feel most; `vlm_where` says what they wait for: the
+host before the decoder, in its layers, or the GPU.
 
 ```bash
 python -m attnctl.apps.bench.vlm_cost --model llava-1.5-7b --out vlm.json
+python -m attnctl.apps.bench.vlm_where --model llava-1.5-7b
 ```
 """
 VLM_COMPILED = """\
