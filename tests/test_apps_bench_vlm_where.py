@@ -24,24 +24,28 @@ def tiny() -> vlm_cost.Shape:
     return dataclasses.replace(small, tokens=20, text={**small.text, **SIZES})
 
 
-def test_what_takes_long_is_found_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sleep in the embeddings, in an early layer, and in a late one, each under a patch alone."""
+def test_what_takes_long_is_found_where_it_is() -> None:
+    """Sleep in the embeddings, in an early layer, and in a late one, under a patch or always."""
     model = vlm_cost.build(tiny(), "cpu", torch.float32)
-    inputs, pause = vlm_cost.prompt(tiny(), 1, "cpu"), 0.03
+    inputs, pause = vlm_cost.prompt(tiny(), 1, "cpu"), 0.15
     layers: Any = decoder_of(model).layers
+    always, long = [True], 500 * pause
+
+    def sleep(*_: Any) -> None:
+        if always[0] or "_attnctl" in decoder_of(model).__dict__:
+            time.sleep(pause)
+
     for module, part in (
         (model.get_input_embeddings(), "before"), (layers[1], "first"), (layers[5], "layers"),
     ):  # fmt: skip
-
-        def sleep(*_: Any) -> None:
-            if "_attnctl" in decoder_of(model).__dict__:
-                time.sleep(pause)
-
-        handle = module.register_forward_pre_hook(sleep)
-        found = vlm_where.measure(model, inputs, rounds=3, only=("pai",))
+        handle, found = module.register_forward_pre_hook(sleep), {}
+        for state in (True, False):
+            always[0] = state
+            found = vlm_where.measure(model, inputs, rounds=2, only=("pai",))
+            added = found["stock" if state else "pai"]
+            assert all((added[one] > long) is (one in (part, "total")) for one in vlm_where.PARTS)
+            assert not state or max(found["pai"].values()) < long
         handle.remove()
-        added = found["pai"]
-        assert all((added[one] > 20) is (one in (part, "total")) for one in vlm_where.PARTS)
         parts = sum(found["stock"][one] for one in vlm_where.PARTS[:-1])
         assert parts == pytest.approx(found["stock"]["total"], rel=0.5)
     assert not decoder_of(model)._forward_pre_hooks and not layers[0]._forward_pre_hooks
@@ -62,3 +66,6 @@ def test_the_command(
     with pytest.raises(SystemExit):
         vlm_where.main(["--arms", "eager"])
     assert "neutral, pai, var" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        vlm_where.main(["--model", "llava-next-7b", "--tower"])
+    assert "take llava-1.5-7b or small" in capsys.readouterr().err

@@ -44,7 +44,7 @@ import attnctl
 
 from .statistics import median_interval
 
-__all__ = ["MODELS", "Shape", "measure"]
+__all__ = ["MODELS", "Shape", "chosen", "measure"]
 
 BEFORE, AFTER = 35, 60
 """Text tokens before and after the image."""
@@ -298,6 +298,19 @@ def _figures(
     return found
 
 
+def chosen(
+    parser: argparse.ArgumentParser, name: str, batch: int, tower: bool
+) -> tuple[Any, dict[str, Tensor], str]:
+    """Return the model and the prompt that a command line names, and what they are on."""
+    shape, cuda = MODELS[name], torch.cuda.is_available()
+    if tower and not shape.eyes:
+        parser.error(f"--tower: there is none of {name} here; take llava-1.5-7b or small")
+    device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
+    model = build(shape, device, dtype, tower)
+    where = torch.cuda.get_device_name() if cuda else "cpu"
+    return model, prompt(shape, batch, device, tower), where
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -310,13 +323,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--arms", default="", help="such as pai,var; default: all")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args(arguments)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    shape = MODELS[given.model]
-    if given.tower and not shape.eyes:
-        parser.error(f"--tower: there is none of {given.model} here; take llava-1.5-7b or small")
-    model = build(shape, device, dtype, given.tower)
-    inputs = prompt(shape, given.batch, device, given.tower)
+    model, inputs, where = chosen(parser, given.model, given.batch, given.tower)
     only = tuple(filter(None, given.arms.split(",")))
     measured = measure(
         model, inputs, tokens=given.tokens, rounds=given.rounds, only=only, seconds=given.seconds
@@ -324,10 +331,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     data = {
         "bench": "vlm",
         "model": given.model,
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "device": where,
         "torch": torch.__version__,
         "transformers": version("transformers"),
-        "image_tokens": shape.tokens,
+        "image_tokens": MODELS[given.model].tokens,
         "tower": given.tower,
         "batch": given.batch,
         "written_tokens": given.tokens,

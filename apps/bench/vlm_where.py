@@ -33,7 +33,7 @@ from torch import Tensor
 import attnctl
 from attnctl.hosts.vlm_discover import decoder_of
 
-from .vlm_cost import MODELS, arms, build, prompt
+from .vlm_cost import MODELS, arms, chosen
 
 __all__ = ["PARTS", "measure"]
 
@@ -131,22 +131,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--arms", default="pai,var", help="default: pai,var")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args(arguments)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    shape, only = MODELS[given.model], tuple(filter(None, given.arms.split(",")))
+    only, known = tuple(filter(None, given.arms.split(","))), {*arms()} - {"stock", "eager"}
     for name in only:
-        if name not in arms() or name in ("stock", "eager"):
-            parser.error(
-                f"--arms: got {name}; take {', '.join(sorted({*arms()} - {'stock', 'eager'}))}"
-            )
-    model = build(shape, device, dtype, given.tower)
-    found = measure(model, prompt(shape, 1, device, given.tower), rounds=given.rounds, only=only)
+        if name not in known:
+            parser.error(f"--arms: got {name}; take {', '.join(sorted(known))}")
+    model, inputs, where = chosen(parser, given.model, 1, given.tower)
+    found = measure(model, inputs, rounds=given.rounds, only=only)
     print(f"{'ms':8}" + "".join(f"{part:>10}" for part in PARTS))
     for name, parts in found.items():
         sign = "" if name == "stock" else "+"
         print(f"{name:8}" + "".join(f"{parts[part]:{sign}10.3f}" for part in PARTS))
     if given.out:
-        where = torch.cuda.get_device_name() if device == "cuda" else "cpu"
         data = {"bench": "vlm_where", "model": given.model, "device": where, "arms": found}
         given.out.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 
