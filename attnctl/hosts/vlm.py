@@ -309,7 +309,7 @@ class DecoderBinding(Uncopied):
             hook_site(self.modules[index], DecoderSite(self, index, LOCAL))
             self.hooked.add(index)
         self._listen({i for e in acting if e.control.reads_residual for i in e.selection})
-        self._acting([e for e in self.entries if not e.neutral])  # what most forwards ask for
+        self._acting_of([e for e in self.entries if not e.neutral])  # what most forwards ask for
 
     def _listen(self, wanted: set[int]) -> None:
         """Follow the residual stream of these sites' layers, and of no others."""
@@ -379,14 +379,17 @@ class DecoderBinding(Uncopied):
             active = []
         for entry in active:
             entry.steps.add(step.index)
-        (key, acting), written = self._acting(active), None
+        key, acting = self._acting_of(active)
+        written = None
         if n == 1 and past >= sequence.prompt:
             written = sequence.rows.setdefault((key, rows), {})
         return Forward(
             self, sequence, step, active, Rows(("cond",), rows), past, n, acting, written
         )
 
-    def _acting(self, active: list[Entry]) -> tuple[tuple[int, ...], dict[int, tuple[Entry, ...]]]:
+    def _acting_of(
+        self, active: list[Entry]
+    ) -> tuple[tuple[int, ...], dict[int, tuple[Entry, ...]]]:
         """Return the serial numbers of active entries, and who has something to do at a site."""
         key = tuple([e.serial for e in active])
         acting = self.acting.get(key)
